@@ -1,0 +1,67 @@
+"""What the tests share: the small scale, a throw-away cache with a real prepared corpus, and the real command line."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# before prepare.py is imported: its scale and its cache are read once
+os.environ["AUTORESEARCH_SCALE"] = "small"
+os.environ["AUTORESEARCH_CACHE"] = tempfile.mkdtemp(prefix="autoresearch-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("SEED", None)
+
+
+def run(*command: object, env: dict | None = None, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+    """`python COMMAND` on the CPU, as a user would: run("prepare.py", "--data", folder)."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    command = [sys.executable, *map(str, command)]
+    options = {"cwd": ROOT, "capture_output": True, "text": True} | options
+    return subprocess.run(command, env=environment, timeout=timeout, **options)
+
+
+def write_corpus(folder: Path, megabytes: float = 2) -> Path:
+    """Real text in plain files: sources of the standard library, in the order of their names."""
+    folder.mkdir(parents=True)
+    written = 0
+    for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = source.read_text("utf-8", errors="replace")
+        (folder / f"{source.stem}.txt").write_text(text, "utf-8")
+        written += len(text)
+        if written >= megabytes * 1e6:
+            return folder
+    raise AssertionError(f"the standard library has only {written:,} characters")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_session_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["AUTORESEARCH_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text files, 2 MB."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="session")
+def cache(corpus: Path) -> Path:
+    """The session's cache, with `corpus` prepared and active; read it, change only a copy."""
+    import prepare
+
+    assert prepare.main(["--data", str(corpus)]) == 0
+    return prepare.CACHE
+
+
+@pytest.fixture
+def cache_copy(cache: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared cache, to be damaged; hand it to a command as AUTORESEARCH_CACHE."""
+    return Path(shutil.copytree(cache, tmp_path / "cache"))
