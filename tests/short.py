@@ -1,6 +1,6 @@
 """`python tests/short.py SECONDS train.py DESCRIPTION`: the same program with a shorter training budget.
 
-The budget is a constant of prepare.py; this wrapper changes it before train.py is loaded, so the fingerprint differs from
+The budget is a constant of prepare.py; this wrapper changes it before train.py is loaded. The fingerprint differs from
 that of a full run and no score of a short one can be mistaken for it.
 """
 
