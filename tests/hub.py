@@ -1,0 +1,184 @@
+"""A stand-in for huggingface.co: real HTTP on 127.0.0.1 that serves real parquet, and misbehaves where it is told to.
+
+with Hub() as hub:
+    hub.files[CLIMBMIX.format(0)] = parquet(["some text"])
+    hub.manners[CLIMBMIX.format(0)] = iter(["cut"])     # the first request; after that everything is fine
+    run("prepare.py", "--data", "climbmix", env={"HF_ENDPOINT": hub.endpoint})
+    assert hub.requests == [...]
+"""
+
+import hashlib
+import io
+import random
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{:05d}.parquet"
+CLIMBMIX_VALIDATION = CLIMBMIX.format(6542)
+TINYSTORIES = "datasets/karpathy/tinystories-gpt4-clean/resolve/main/tinystories_gpt4_clean.parquet"
+
+
+def parquet(texts: list, ballast: int = 0, column: str = "text") -> bytes:
+    """A parquet file; `ballast` bytes of another column make it large without making it slow."""
+    columns = {column: pa.array(texts)}
+    if ballast:
+        size = -(-ballast // len(texts))
+        columns["ballast"] = pa.array([random.Random(i).randbytes(size) for i in range(len(texts))])
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+class Request(NamedTuple):
+    name: str
+    range: str | None
+    status: int  # of the answer; 0 if there was none
+
+
+class Hub:
+    """`files` by path, `manners` by path (an iterator, one for each request), and `requests` as they came in."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.manners: dict[str, Iterator[str]] = {}
+        self.requests: list[Request] = []
+        self.arrived, self.release = threading.Semaphore(0), threading.Event()
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server.hub = self
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def names(self) -> list[str]:
+        """The files that were asked for since the last call."""
+        names = [request.name for request in self.requests]
+        self.requests.clear()
+        return names
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+    request_queue_size = 64
+    hub: Hub
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        request.close()  # without the polite shutdown: what SO_LINGER says counts
+
+    def handle_error(self, request: object, address: object) -> None:
+        pass  # the client went away
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        hub, name = self.server.hub, self.path.lstrip("/")
+        manner = next(hub.manners.get(name, iter(())), "fine")
+        asked = self.headers.get("Range")
+        self.body = hub.files.get(name.removeprefix("cdn/"), b"")
+        start, status = 0, 200
+        if manner == "hold":  # nothing comes before the test says so
+            hub.requests.append(Request(name, asked, 0))
+            hub.arrived.release()
+            hub.release.wait()
+            return self.answer(200, len(self.body), self.body)
+        if not self.body or manner == "404":
+            status = 404
+        elif manner.isdigit():
+            status = int(manner)
+        elif manner.startswith("redirect"):
+            status = 302
+        elif manner == "partial from the start":
+            status = 206
+        elif asked and manner != "no ranges" and self.headers.get("If-Range", self.etag) == self.etag:
+            start, status = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
+        hub.requests.append(Request(name, asked, status))
+        hub.arrived.release()
+        body, whole = self.body[start:], len(self.body)
+        self.partial = {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"} if status == 206 else {}
+        half = body[: len(body) // 2]
+        match manner:
+            case "no answer":
+                self.requests_none()
+            case "fine" | "partial from the start" if status < 400:
+                self.answer(status, len(body), body)
+            case "no ranges":
+                self.answer(200, len(body), body, ETag=None)
+            case "cut":
+                self.answer(status, len(body), half, close=True)
+            case "reset":
+                self.answer(status, len(body), half, reset=True)
+            case "announced too short":
+                self.answer(status, len(half), body, close=True)
+            case "more than announced":
+                self.answer(status, len(body), body + body, close=True)
+            case "no length":
+                self.answer(status, None, body, close=True)
+            case "no length, cut":
+                self.answer(status, None, half, close=True)
+            case "chunked" | "chunked, cut":
+                chunks = [body[i : i + 2**16] for i in range(0, len(body), 2**16)]
+                framed = [b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks]
+                framed = [*framed, b"0\r\n\r\n"] if manner == "chunked" else framed[: len(framed) // 2]
+                self.answer(status, None, b"".join(framed), close=True, Transfer_Encoding="chunked")
+            case "stalled":
+                self.answer(status, len(body), half, hold=True)
+            case "html":
+                page = b"<!DOCTYPE html><title>Sign in to the wireless network</title>" * 100
+                self.answer(200, len(page), page, Content_Type="text/html")
+            case "redirect":
+                self.answer(302, 0, b"", Location=f"/cdn/{name}")
+            case "redirect to itself":
+                self.answer(302, 0, b"", Location=self.path)
+            case "429":
+                self.answer(429, 0, b"", Retry_After="3")
+            case _:
+                self.answer(status, 0, b"")
+
+    @property
+    def etag(self) -> str:
+        return f'"{hashlib.sha256(self.body).hexdigest()}"'
+
+    def requests_none(self) -> None:
+        self.server.hub.requests[-1] = self.server.hub.requests[-1]._replace(status=0)
+        self.hang_up(reset=True)
+
+    def answer(self, status: int, length: int | None, body: bytes, close=False, reset=False, hold=False, **more):
+        headers = {"ETag": self.etag} | getattr(self, "partial", {}) | {k.replace("_", "-"): v for k, v in more.items()}
+        headers |= {"Content-Length": length, "Connection": "close" if close else None}
+        self.send_response(status)
+        for key, value in headers.items():
+            if value is not None:
+                self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+        if hold:
+            self.server.hub.release.wait()
+        if close or reset or hold:
+            self.hang_up(reset)
+
+    def hang_up(self, reset: bool) -> None:
+        self.close_connection = True
+        if reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
