@@ -2,9 +2,8 @@
 
     uv run prepare.py [--data climbmix|tinystories|python|DIR] [--num-shards N] [--download-workers N]
 
-turns a corpus into what train.py reads, below ~/.cache/autoresearch (AUTORESEARCH_CACHE moves it), one folder for each
-corpus and scale. A file under its final name is complete: any step can be interrupted, the same command continues it.
-The file reads in the order in which the data flows. B rows of a batch, T tokens of a row, V tokens of the vocabulary.
+turns a corpus into what train.py reads, below ~/.cache/autoresearch. A file under its final name is complete: any step
+can be interrupted, the same command continues it. B rows of a batch, T tokens of a row, V tokens of the vocabulary.
 """
 
 import argparse
@@ -19,52 +18,45 @@ import itertools
 import json
 import math
 import os
-import platform
-import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+import pyarrow.parquet
+import requests
+import rustbpe
+import tiktoken
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 # == 1. Constants ======================================================================================================
-
-SCALES = {  # five minutes on an H100 and on a laptop are different problems
-    "full": {"MAX_SEQ_LEN": 2048, "VOCAB_SIZE": 8192, "EVAL_TOKENS": 40 * 524_288, "corpus": "climbmix"},
-    "small": {"MAX_SEQ_LEN": 256, "VOCAB_SIZE": 2048, "EVAL_TOKENS": 2**18, "corpus": "tinystories"},
-}
+# five minutes on an H100 and on a laptop are different problems
+SCALES = {"full": (2048, 8192, 40 * 524_288, "climbmix"), "small": (256, 2048, 2**18, "tinystories")}
 SCALE = os.environ.get("AUTORESEARCH_SCALE") or ("full" if torch.cuda.is_available() else "small")
 if SCALE not in SCALES:
     sys.exit(f"error: AUTORESEARCH_SCALE is {SCALE!r}, not full or small; unset it or choose one of them")
-MAX_SEQ_LEN = SCALES[SCALE]["MAX_SEQ_LEN"]  # tokens of a row
-VOCAB_SIZE = SCALES[SCALE]["VOCAB_SIZE"]
-EVAL_TOKENS = SCALES[SCALE]["EVAL_TOKENS"]  # validation tokens behind every val_bpb
+MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, DEFAULT_CORPUS = SCALES[SCALE]  # tokens: in a row, different ones, to score
 TIME_BUDGET = 300  # seconds of training
 GRACE = 300  # seconds for start-up and evaluation together, then the watchdog ends the run
 
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 LAYOUT = [1, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS]  # version and scale of a prepared folder
 CLIMBMIX, CLIMBMIX_SHARDS = "datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6542  # and one for validation
-TINYSTORIES = "datasets/karpathy/tinystories-gpt4-clean/resolve/main/tinystories_gpt4_clean.parquet"
-DOWNLOAD_ATTEMPTS = 5
-DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-SHARD_DOCUMENTS = 2**14  # of a shard that is built here
-VALIDATION_FRACTION = 0.05  # of a corpus without a split of its own
-
+TINYSTORIES = "datasets/karpathy/tinystories-gpt4-clean/resolve/main"
+DOWNLOAD_ATTEMPTS, DOWNLOAD_TIMEOUT = 5, (10, 30)  # seconds to connect, seconds without a byte
+SHARD_DOCUMENTS, VALIDATION_FRACTION = 2**14, 0.05  # of a shard that is built here; of a corpus that has no split
 SPLIT_PATTERN = (  # GPT-4's, with numbers cut after two digits instead of three: the vocabulary is small
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -85,22 +77,18 @@ _CONSTANTS = constants()
 
 class AutoresearchError(Exception):
     """What a user can mend; its one line says what was found, what was expected and what to do."""
-
 class PrepareError(AutoresearchError):
     """The data is not there, or not what it should be."""
-
 class TrainError(AutoresearchError):
     """Training cannot go on."""
-
 class MetricError(AutoresearchError):
     """The run has no valid score."""
 
 # == 2. Files and threads ==============================================================================================
-
 bar = functools.partial(tqdm, disable=None, leave=False, unit_scale=True, mininterval=0.5)  # silent without a terminal
 
 @contextlib.contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
+def published(path: Path) -> Iterator:
     """A file to write; it appears under `path`, in place of an older one, only when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -113,150 +101,118 @@ def published(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One prepare.py at a time; the lock ends with the process. What a killed one left behind is removed."""
+def locked(folder: Path):
+    """The open file whose lock keeps every other prepare.py out. What a killed one left behind is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PrepareError(f"{folder}: another prepare.py is at work here; wait until it has ended") from None
-        for path in list(folder.rglob("*.tmp")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        yield
+    try:
+        file = open(folder / "lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PrepareError(f"{folder}: another prepare.py is at work here; wait until it has ended") from None
+    for path in list(folder.rglob("*.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return file
 
-def in_threads(work: Callable, items: Iterable, workers: int) -> None:
-    """work(item) for every item; the first error, or Ctrl-C, is raised at once and what has not begun is dropped."""
+def in_threads(work: Callable, items: Iterable, workers: int = os.cpu_count() or 1) -> dict:
+    """{item: work(item)}; the first error, or Ctrl-C, ends it at once."""
     pool = ThreadPoolExecutor(workers)
     try:
-        for future in as_completed([pool.submit(work, item) for item in items]):
-            future.result()
+        futures = {pool.submit(work, item): item for item in items}
+        return {futures[future]: future.result() for future in as_completed(futures)}
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    return iter(functools.partial(lambda source: list(itertools.islice(source, size)), iter(items)), [])
 
 def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def short_hash(*parts: object) -> str:
-    """Eight hex digits over anything that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
-# == 3. Corpora: each becomes parquet shards with one column, text =====================================================
-
-Shards = dict[str, list[Path]]  # of the splits train and val
-Split = Iterator[tuple[str, str]]  # (train or val, text) of every document
-
-def texts(path: Path, name: str | None = None) -> Iterator[str]:
-    """The documents of a parquet file; nulls and empty ones are left out, broken UTF-8 is replaced."""
-    import pyarrow.parquet as pq
-
+# == 3. Corpora: each becomes parquet shards, with a column `text`, of the splits train and val ========================
+def texts(path: Path, name: str = "") -> Iterator[str]:
+    """The rows of a parquet file, nulls as empty texts; broken UTF-8 is replaced."""
     try:
-        file = pq.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
             raise ValueError(f"no column 'text', only {file.schema_arrow.names}")
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-            raws = batch.column(0).cast("large_binary").to_pylist()
-            yield from (raw.decode("utf-8", "replace") for raw in raws if raw)
+            for raw in batch.column(0).cast("large_binary").to_pylist():
+                yield (raw or b"").decode("utf-8", "replace")
     except (ValueError, OSError, NotImplementedError) as error:  # those of pyarrow are among them
-        reason = str(error).splitlines()[0]
-        raise PrepareError(f"{name or path}: unusable parquet, {reason}; replace it and run prepare.py again") from None
+        raise PrepareError(f"{name or path}: unusable parquet, {error}; replace it and run prepare.py again") from None
 
-@functools.cache
-def session():
-    """Pooled connections that try again what may succeed later (no connection, 429, 5xx), and wait as they are told."""
-    import requests
-    from urllib3.util import Retry
-
-    again = {"status_forcelist": (429, 500, 502, 503, 504), "raise_on_status": False, "retry_after_max": 60}
-    retry = Retry(DOWNLOAD_ATTEMPTS - 1, backoff_factor=0.5, **again)
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=64))
-    return session
-
-def download(name: str, path: Path, progress: tqdm) -> None:
-    """Fetch a parquet file from HF_ENDPOINT; its length and its content are checked before it appears under `path`.
+def download(source: str, paths: list[Path], workers: int = 1) -> list[Path]:
+    """Fetch the parquet files that are not there yet; length and content are checked before one appears.
 
     A connection that breaks in mid-file goes on where it broke, if the server says that the file is still the same.
     """
-    import requests
+    session, endpoint = requests.Session(), os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    again = {"backoff_factor": 0.5, "status_forcelist": (429, 500, 502, 503, 504), "retry_after_max": 60}
+    for adapter in session.adapters.values():
+        adapter.max_retries = requests.adapters.Retry(DOWNLOAD_ATTEMPTS - 1, **again)
 
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{name}"
-    failed = f"{path.name}: {{}} ({url}); check the network and HF_ENDPOINT, then run prepare.py again"
-    etag, length = None, 0
-    with published(path) as file:
-        for attempt in range(DOWNLOAD_ATTEMPTS):
-            time.sleep(0.5 * (2**attempt - 1))
-            resume = {"Range": f"bytes={file.tell()}-", "If-Range": etag} if etag and file.tell() else {}
-            headers = {"Accept-Encoding": "identity"} | resume
-            try:
-                response = session().get(url, stream=True, timeout=DOWNLOAD_TIMEOUT, headers=headers)
-            except requests.RequestException as error:  # the session has tried again already
-                raise PrepareError(failed.format(str(error).rsplit(": ", 1)[-1].strip("'\")"))) from None
-            with response, contextlib.suppress(requests.RequestException):
-                if not response.ok:
-                    raise PrepareError(failed.format(f"the server answered {response.status_code} {response.reason}"))
-                if response.status_code != 206:
-                    file.truncate(file.seek(0))
-                etag, rest = response.headers.get("ETag"), int(response.headers.get("Content-Length", 0))
-                length = file.tell() + rest if rest else 0
-                progress.total = (progress.total or 0) + rest
-                for block in response.iter_content(2**20):
-                    progress.update(file.write(block))
-                if file.tell() == length or not length:
+    def fetch(path: Path) -> None:
+        url, headers = f"{endpoint}/{source}/{path.name}", {"Accept-Encoding": "identity"}
+        failed = f"{path.name}: {{}} ({url}); check the network and HF_ENDPOINT, then run prepare.py again"
+        with published(path) as file:
+            for attempt in range(DOWNLOAD_ATTEMPTS):
+                time.sleep(0.5 * (2**attempt - 1))
+                try:
+                    response = session.get(url, stream=True, timeout=DOWNLOAD_TIMEOUT, headers=headers)
+                    response.raise_for_status()
+                except requests.RequestException as error:
+                    raise PrepareError(failed.format(error)) from None
+                part = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+                file.truncate(file.seek(int(part[1]) if part else 0))
+                length = file.tell() + int(response.headers.get("Content-Length", 0))
+                progress.total = (progress.total or 0) + length - file.tell()
+                with response, contextlib.suppress(requests.RequestException):
+                    for block in response.iter_content(2**20):
+                        progress.update(file.write(block))
                     file.flush()
                     return next(texts(Path(file.name), f"{path.name} from {url}"), None)
-        raise PrepareError(failed.format(f"cut off at {file.tell():,} of {length or 'unknown':,} bytes"))
+                headers |= {"Range": f"bytes={file.tell()}-", "If-Range": response.headers.get("ETag", '"unknown"')}
+            raise PrepareError(failed.format(f"cut off at {file.tell()} of {length} bytes"))
 
-def climbmix(folder: Path, num_shards: int, workers: int) -> Shards:
-    """Published shards. The one that is pinned as validation comes first, so that no run finds it missing."""
-    val, *train = [folder / "shards" / f"shard_{i:05d}.parquet" for i in (CLIMBMIX_SHARDS, *range(num_shards))]
     with bar(desc="download", unit="B") as progress:
-        for paths in ([val], train):
-            missing = [path for path in paths if not path.exists()]
-            in_threads(lambda path: download(f"{CLIMBMIX}/{path.name}", path, progress), missing, workers)
-    return {"train": train, "val": [val]}
+        in_threads(fetch, [path for path in paths if not path.exists()], workers)
+    return paths
 
-def tinystories(folder: Path) -> Split:
+def climbmix(folder: Path, num_shards: int, workers: int) -> dict[str, list[Path]]:
+    """Published shards. The one that is pinned as validation comes first, so that no run finds it missing."""
+    val, *train = [folder / "downloads" / f"shard_{i:05d}.parquet" for i in (CLIMBMIX_SHARDS, *range(num_shards))]
+    return {"val": download(CLIMBMIX, [val]), "train": download(CLIMBMIX, train, workers)}
+
+def tinystories(folder: Path) -> Iterator[tuple[str, str]]:
     """One published file with a suggested split: rows up to 9,999 are test data, up to 19,999 validation."""
-    if not (source := folder / "tinystories.parquet").exists():
-        with bar(desc="download", unit="B") as progress:
-            download(TINYSTORIES, source, progress)
-    for i, text in enumerate(texts(source)):
-        if i >= 10_000:
-            yield "val" if i < 20_000 else "train", text
+    [path] = download(TINYSTORIES, [folder / "downloads" / "tinystories_gpt4_clean.parquet"])
+    return (("val" if i < 20_000 else "train", text) for i, text in enumerate(texts(path)) if i >= 10_000)
 
-def python(folder: Path) -> Split:
+def python(folder: Path) -> Iterator[tuple[str, str]]:
     """The Python sources on this machine, cut at top-level definitions, once each, in the order of their hashes."""
-    roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    roots, pieces = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}, set()
     # packages of another environment can lie below the standard library
     paths = [path for root in roots for path in root.rglob("*.py") if "-packages" not in str(path.relative_to(root))]
-    pieces = {}
     for path in bar(paths, desc="read", unit=" files"):
         with contextlib.suppress(UnicodeDecodeError, OSError):
-            for piece in cut(path.read_text("utf-8"), r"(?<=\n\n)(?=@|class |def |async def )", 800):
-                pieces[content_hash(piece)] = piece
-    yield from split_by_hash(pieces[key] for key in sorted(pieces))
+            pieces.update(cut(path.read_text("utf-8"), r"(?<=\n\n)(?=@|class |def |async def )", 800))
+    return split_by_hash(sorted(pieces, key=content_hash))
 
-def own_data(paths: list[Path]) -> Split:
+def own_data(paths: list[Path]) -> Iterator[str]:
     """Documents of .parquet and .jsonl (field text), of .txt and .md, which are cut at blank lines."""
-    return split_by_hash(itertools.chain.from_iterable(map(own_documents, paths)))
-
-def own_documents(path: Path) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        yield from texts(path)
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.open("rb"), 1):
-            try:  # JSON can spell lone surrogates, UTF-8 cannot
-                yield json.loads(line)["text"].encode("utf-8", "replace").decode()
-            except (ValueError, LookupError, TypeError, AttributeError):
-                raise PrepareError(f'{path}: line {number} is no JSON object with a string "text"; mend it') from None
-    else:
-        yield from cut(path.read_text("utf-8", errors="replace"), r"(?<=\n)\s*\n", 2000)
+    for path in paths:
+        line = 0
+        try:
+            if path.suffix == ".parquet":
+                yield from texts(path)
+            elif path.suffix == ".jsonl":  # JSON can spell lone surrogates, UTF-8 cannot
+                for raw in path.open("rb"):
+                    line += 1
+                    yield json.loads(raw)["text"].encode("utf-8", "replace").decode()
+            else:
+                yield from cut(path.read_text("utf-8", "replace"), r"(?<=\n)\s*\n", 2000)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise PrepareError(f'{path}, line {line}: {error}; mend it (.jsonl wants {{"text": "..."}})') from None
 
 def cut(text: str, boundary: str, chars: int) -> Iterator[str]:
     """Pieces of at least `chars` characters (the last may be shorter) that end at a boundary; none is blank."""
@@ -269,129 +225,103 @@ def cut(text: str, boundary: str, chars: int) -> Iterator[str]:
 def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
-def split_by_hash(documents: Iterable[str]) -> Split:
-    """Documents with a hash in the lowest 5 % are validation, once each; the others are for training.
-
-    Copies of a document fall on the same side, and documents that are added later move none of the others.
-    """
+def split_by_hash(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Documents with a hash in the lowest 5 % are validation, once each; what is added later moves none of them."""
     seen = set()
-    for text in filter(None, documents):
+    for text in documents:
         if (key := content_hash(text)) >= VALIDATION_FRACTION * 2**64:
             yield "train", text
         elif key not in seen:
             seen.add(key)
             yield "val", text
 
-def built(folder: Path, documents: Split) -> Shards:
-    """Parquet files of SHARD_DOCUMENTS each; the folder appears when all are complete, and then stays as it is."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+def built(folder: Path, source: Callable) -> dict[str, list[Path]]:
+    """Parquet files of SHARD_DOCUMENTS (split, text) each; the folder appears when all are complete, and then stays."""
     if not folder.exists():
-        temporary.mkdir(parents=True)
-        try:
-            for i, batch in enumerate(batched(bar(documents, desc="shards", unit=" documents"), SHARD_DOCUMENTS)):
+        documents = (pair for pair in bar(source(folder.parent), desc="shards", unit=" documents") if pair[1])
+        with tempfile.TemporaryDirectory(".tmp", dir=folder.parent) as temporary:
+            for i, batch in enumerate(iter(lambda: list(itertools.islice(documents, SHARD_DOCUMENTS)), [])):
                 for split in {split for split, _ in batch}:
-                    table = pa.table({"text": [text for name, text in batch if name == split]})
-                    pq.write_table(table, temporary / f"{split}_{i:05d}.parquet")
+                    table = pyarrow.table({"text": [text for name, text in batch if name == split]})
+                    pyarrow.parquet.write_table(table, f"{temporary}/{split}_{i:05d}.parquet")
             os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return {split: sorted(folder.glob(f"{split}_*.parquet")) for split in ("train", "val")}
 
 # == 4. Tokenizer ======================================================================================================
-
 class Tokenizer:
     """Byte-pair encoding: bytes and merges first, then SPECIAL_TOKENS. Learned by rustbpe, used through tiktoken."""
 
-    def __init__(self, ranks: dict[bytes, int]):
-        import tiktoken
-
-        if (found := len(ranks) + len(SPECIAL_TOKENS)) != VOCAB_SIZE:
-            raise PrepareError(f"the corpus yields {found:,} tokens, not {VOCAB_SIZE:,}; bring more varied text")
-        special = self.special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    def __init__(self, path: Path):
+        self.bos = VOCAB_SIZE - len(SPECIAL_TOKENS)
+        try:
+            lines = [line.split() for line in path.read_bytes().splitlines()]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError:
+            ranks = {}
+        if list(ranks.values()) != list(range(self.bos)) or not {bytes([i]) for i in range(256)} < ranks.keys():
+            raise PrepareError(f"{path}: no tokenizer of {VOCAB_SIZE:,}; delete it and run prepare.py again")
+        special = {name: self.bos + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
         # int64 (V,), from the raw bytes: a lone byte >= 0x80 decodes to U+FFFD, which is three
-        self.token_bytes = torch.tensor([*map(len, sorted(ranks, key=ranks.get)), *[0] * len(SPECIAL_TOKENS)])
-
-    @classmethod
-    def train(cls, documents: Iterable[str]) -> "Tokenizer":
-        import rustbpe
-
-        learner = rustbpe.Tokenizer()
-        learner.train_from_iterator(documents, VOCAB_SIZE - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
-        return cls({bytes(token): rank for token, rank in learner.get_mergeable_ranks()})
+        self.token_bytes = torch.tensor([*map(len, ranks), *[0] * len(special)])
 
     @classmethod
     def from_directory(cls, directory: Path | None = None) -> "Tokenizer":
         """The tokenizer of a prepared folder; of the active one if none is given."""
-        return cls.load((Prepared.read(Path(directory)) if directory else Prepared.active()).tokenizer)
-
-    @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        """Read lines of base64(token) and rank, tiktoken's own text format."""
-        try:
-            lines = [line.split() for line in path.read_bytes().splitlines()]
-            return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in lines})
-        except ValueError:
-            raise PrepareError(f"{path}: not a tokenizer; delete it and run prepare.py again") from None
-
-    def save(self, path: Path) -> None:
-        with published(path) as file:
-            for rank in range(VOCAB_SIZE - len(SPECIAL_TOKENS)):
-                file.write(b"%s %d\n" % (base64.b64encode(self.encoding.decode_single_token_bytes(rank)), rank))
+        return cls((Prepared.read(Path(directory)) if directory else Prepared.active()).tokenizer)
 
     def encode(self, text: str | list[str], prepend: int | str | None = None) -> list:
-        """Token ids of a text, or a list of them for a list of texts; `prepend` is an id or a special token's name.
-
-        Names of special tokens in the text are plain text.
-        """
+        """Token ids of a text, a list of them for a list; `prepend` is an id or the name of a special token."""
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
-        first = [] if prepend is None else [self.special_tokens.get(prepend, prepend)]
-        return first + [token for piece in self.encode_pieces(text) for token in piece.tolist()]
+        ids = [token for piece in self.encode_pieces(text) for token in piece.tolist()]
+        if prepend is not None:
+            ids.insert(0, self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend)
+        return ids
 
-    def encode_pieces(self, text: str) -> list[np.ndarray]:
-        """Token ids, uint32, of each DOCUMENT_CHARS characters."""
-        pieces = (text[start : start + DOCUMENT_CHARS] for start in range(0, len(text), DOCUMENT_CHARS))
-        return [self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    def encode_pieces(self, text: str) -> Iterator[np.ndarray]:
+        """Token ids, uint32, of each DOCUMENT_CHARS characters; lone surrogates, which UTF-8 has not, become ?."""
+        for start in range(0, len(text), DOCUMENT_CHARS):
+            piece = text[start : start + DOCUMENT_CHARS].encode("utf-8", "replace").decode()
+            yield self.encoding.encode_to_numpy(piece, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(list(ids))
 
     def get_vocab_size(self) -> int:
-        return self.encoding.n_vocab
+        return VOCAB_SIZE
 
     def get_bos_token_id(self) -> int:
-        return self.special_tokens[SPECIAL_TOKENS[0]]
+        return self.bos
 
-def training_text(paths: list[Path]) -> Iterator[str]:
-    """What the merges are learned from: the beginnings of documents, TOKENIZER_CHARS characters altogether."""
-    left = TOKENIZER_CHARS
-    for text in bar(itertools.chain.from_iterable(map(texts, paths)), desc="tokenizer", unit=" documents"):
-        yield text[: min(TOKENIZER_DOCUMENT_CHARS, left)]
-        if (left := left - min(TOKENIZER_DOCUMENT_CHARS, len(text))) <= 0:
-            return
+def train_tokenizer(paths: list[Path], target: Path) -> None:
+    """Learn merges from the beginnings of the first documents; write tiktoken's format, base64(token) and rank."""
+    rows = bar(itertools.chain.from_iterable(map(texts, paths)), desc="tokenizer", unit=" documents")
+    beginnings = (text[:TOKENIZER_DOCUMENT_CHARS] for text in rows)
+    counted = itertools.accumulate(beginnings, lambda sum, text: (sum[0] + len(text), text), initial=(0, ""))
+    first = (text for _, text in itertools.takewhile(lambda item: item[0] <= TOKENIZER_CHARS, counted))
+    learner = rustbpe.Tokenizer()
+    learner.train_from_iterator(first, VOCAB_SIZE - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+    ranks = learner.get_mergeable_ranks()
+    if (found := len(ranks) + len(SPECIAL_TOKENS)) != VOCAB_SIZE:
+        raise PrepareError(f"the corpus yields {found:,} tokens, not {VOCAB_SIZE:,}; bring more varied text")
+    with published(target) as file:
+        file.writelines(b"%s %d\n" % (base64.b64encode(bytes(token)), rank) for token, rank in ranks)
 
 # == 5. Token cache: flat uint16 files, in which a document is BOS and its tokens ======================================
-
 def tokenize(shard: Path, target: Path, tokenizer: Tokenizer, progress: tqdm) -> None:
     """Write the documents of a shard; at the small scale in pieces of one row at most, T+1 tokens with BOS."""
-    bos = np.array([tokenizer.get_bos_token_id()], np.uint32)
+    bos = np.array([tokenizer.get_bos_token_id()], "<u2").tobytes()
     limit = MAX_SEQ_LEN if SCALE == "small" else DOCUMENT_CHARS * 4  # a character has at most four tokens
     with published(target) as file:
-        for batch in batched(texts(shard), 1024):
-            ids = (ids for text in batch for ids in tokenizer.encode_pieces(text))
-            parts = ((bos, one[start : start + limit]) for one in ids for start in range(0, len(one), limit))
-            file.write(np.concatenate(list(itertools.chain.from_iterable(parts))).astype("<u2").tobytes())
-            progress.update(len(batch))
+        for text in texts(shard):
+            for ids in tokenizer.encode_pieces(text):
+                for start in range(0, len(ids), limit):
+                    file.write(bos + ids[start : start + limit].astype("<u2").tobytes())
+            progress.update()
 
 def documents(paths: list[Path], bos: int, epochs: Iterable[int]) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens, epoch) of every document in corpus order: uint16 views of the memory-mapped files.
-
-    BOS stands at the start of each document and nowhere else, so the offsets need no file of their own.
-    """
+    """(tokens, epoch) of every document, uint16 views of the mapped files: BOS is at its start and nowhere else."""
     shards = [np.asarray(np.memmap(path, "<u2", "r")) for path in paths]
     for epoch in epochs:
         for tokens in shards:
@@ -400,112 +330,91 @@ def documents(paths: list[Path], bos: int, epochs: Iterable[int]) -> Iterator[tu
                 yield tokens[start:end], epoch
 
 # == 6. Packing and the dataloader =====================================================================================
-
 class Packer:
     """Fills rows of `capacity` tokens with documents, best fit first, without padding.
 
-    Before every choice, while fewer than 1000 documents are held, the next 128 in corpus order are appended. Taken is
-    the longest that fits, the earliest among equals; when none fits, the shortest (again the earliest) fills the row,
-    and its rest is dropped. The choice is O(1): a FIFO for each length, and an integer as the set of the lengths held.
+    Before every choice, while fewer than 1000 documents are held, the next 128 are appended. Taken is the longest that
+    fits, the earliest among equals; if none does, the shortest (again the earliest) is cropped. The choice is O(1):
+    a FIFO for each length, and an integer as the set of the lengths held.
     """
 
     def __init__(self, documents: Iterator[tuple[np.ndarray, int]], capacity: int):
         self.documents, self.capacity, self.epoch, self.held = documents, capacity, 0, 0
-        self.fifos: dict[int, deque] = defaultdict(deque)
-        self.lengths = 0  # bit n is set if fifos[n] is not empty
-        self.up_to = [(2 << room) - 1 for room in range(capacity + 1)]  # the lengths that fit into `room`
-
-    def refill(self) -> None:
-        before = -1
-        while before < self.held < PACKING_DOCUMENTS:
-            before = self.held
-            for document, epoch in itertools.islice(self.documents, PACKING_REFILL):
-                self.fifos[len(document)].append(document)
-                self.lengths |= 1 << len(document)
-                self.held, self.epoch = self.held + 1, epoch
+        self.fifos, self.lengths = defaultdict(deque), 0  # bit n is set if fifos[n] is not empty
 
     def fill(self, row: np.ndarray) -> bool:
         """Fill an integer array of `capacity` tokens; False if the documents ran out."""
-        start, capacity = 0, self.capacity
-        while start < capacity:
-            if self.held < PACKING_DOCUMENTS:
-                self.refill()
+        room = self.capacity
+        while room:
+            while self.held < PACKING_DOCUMENTS and (more := list(itertools.islice(self.documents, PACKING_REFILL))):
+                for document, self.epoch in more:
+                    self.fifos[len(document)].append(document)
+                    self.lengths |= 1 << len(document)
+                self.held += len(more)
             if not self.held:
                 return False
-            fitting = self.lengths & self.up_to[capacity - start]
+            fitting = self.lengths & ((2 << room) - 1)
             n = (fitting or self.lengths & -self.lengths).bit_length() - 1  # the highest that fits, else the lowest
-            document = self.fifos[n].popleft()
+            document = self.fifos[n].popleft()[:room]
             if not self.fifos[n]:
                 self.lengths ^= 1 << n
             self.held -= 1
-            end = min(start + n, capacity)
-            row[start:end] = document[: end - start]
-            start = end
+            start, room = self.capacity - room, room - len(document)
+            row[start : start + len(document)] = document
         return True
 
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor, int]]
-
-def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str = "train", device: torch.device | str | None = None
-) -> Batches:
-    """Endless (inputs, targets, epoch): int64 (B, T) on the device, cut from rows of T+1 packed tokens.
-
-    Raises PrepareError for any split but train (the validation rows belong to the metric), and TrainError if a batch is
-    drawn inside an Experiment before its clock has started.
-    """
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train", device=None) -> Iterator[tuple]:
+    """Endless (inputs, targets, epoch), int64 (B, T); TrainError if drawn before the clock of an Experiment starts."""
     if split != "train":
         raise PrepareError(f"there is no split {split!r} to draw from, only 'train'; evaluate_bpb scores the other one")
-    stream = documents(Prepared.active().tokens, tokenizer.get_bos_token_id(), itertools.count(1))
-    return _batches(Packer(stream, T + 1), B, T, torch.device(device or default_device()))
+    packer = Packer(documents(Prepared.active().tokens, tokenizer.get_bos_token_id(), itertools.count(1)), T + 1)
+    device = torch.device(device or default_device())
+    cuda = device.type == "cuda"
+    # a buffer is refilled only after its copy, which can be queued behind a whole backward pass
+    buffers = [torch.empty(B, T + 1, dtype=torch.int64, pin_memory=cuda) for _ in range(3)]
+    events = [torch.cuda.Event() if cuda else None for _ in buffers]
 
-def _batches(packer: Packer, B: int, T: int, device: torch.device) -> Batches:
-    rows, cuda = np.empty((B, T + 1), np.uint16), device.type == "cuda"
-    # a pinned slot may be refilled only after its copy has run, which can be queued behind a whole backward pass
-    slots = [(torch.empty(2, B, T, dtype=torch.int64, pin_memory=True), torch.cuda.Event()) for _ in range(3 * cuda)]
-    for i in itertools.count():
-        if _experiment and not _experiment.clock_started:
-            raise TrainError("training data was drawn before the clock; warm up on random tokens, draw in run.steps()")
-        for row in rows:
-            packer.fill(row)
-        slot, copied = slots[i % 3] if cuda else (torch.empty(2, B, T, dtype=torch.int64), None)
-        if cuda:
-            copied.synchronize()
-        slot.numpy()[:] = rows[:, :-1], rows[:, 1:]
-        inputs, targets = slot.to(device, non_blocking=cuda)
-        if cuda:
-            copied.record()
-        yield inputs, targets, packer.epoch
+    def batches() -> Iterator[tuple]:
+        for buffer, copied in itertools.cycle(zip(buffers, events, strict=True)):
+            if _experiment and not _experiment.clock_started:
+                raise TrainError("training data was drawn before the clock; use random tokens, draw in run.steps()")
+            if cuda:
+                copied.synchronize()
+            for row in buffer.numpy():
+                packer.fill(row)
+            rows = buffer.to(device, non_blocking=cuda)
+            if cuda:
+                copied.record()
+            yield rows[:, :-1].clone(), rows[:, 1:].clone(), packer.epoch
+
+    return batches()
 
 def validation_rows(paths: list[Path], bos: int) -> np.ndarray:
     """uint16 (rows, T+1): EVAL_TOKENS worth of rows, or as many as the split fills once."""
     packer = Packer(documents(paths, bos, [1]), MAX_SEQ_LEN + 1)
     rows = np.empty((EVAL_TOKENS // MAX_SEQ_LEN, MAX_SEQ_LEN + 1), "<u2")
-    count = next((i for i, row in enumerate(rows) if not packer.fill(row)), len(rows))
-    if count < MIN_VALIDATION_ROWS:
-        found = f"the validation split fills {count} rows of {MAX_SEQ_LEN} tokens"
-        raise PrepareError(f"{found}, at least {MIN_VALIDATION_ROWS} are needed; bring more text")
-    return rows[:count]
+    rows = rows[: sum(1 for _ in itertools.takewhile(packer.fill, rows))]
+    if len(rows) < MIN_VALIDATION_ROWS:
+        raise PrepareError(f"the val split fills {len(rows)} rows of the {MIN_VALIDATION_ROWS} needed; bring more text")
+    return rows
 
 # == 7. The prepared folder ============================================================================================
-
-@dataclass(frozen=True)
 class Prepared:
-    """A prepared folder and its manifest: what is which, and length and sha256 of every file."""
-
-    folder: Path
-    manifest: dict
+    """A prepared folder, as its manifest has it; `files` are {path: [length, sha256]}."""
 
     @classmethod
     def read(cls, folder: Path) -> "Prepared":
+        self = cls()
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            if manifest["layout"] != LAYOUT:
-                raise PrepareError(f"{folder}: prepared for {manifest['layout']}, not {LAYOUT}; run prepare.py again")
-        except FileNotFoundError:
-            raise PrepareError(f"{folder}: not prepared; run prepare.py") from None
-        except (ValueError, LookupError, TypeError):
-            raise PrepareError(f"{folder / 'manifest.json'}: damaged; run prepare.py again") from None
-        return cls(folder, manifest)
+            self.folder, self.manifest = folder, json.loads((folder / "manifest.json").read_text())
+            self.files = {folder / name: entry for name, entry in self.manifest["files"].items()}
+            self.tokenizer, self.validation = (folder / self.manifest[name] for name in ("tokenizer", "validation"))
+            self.tokens = [folder / name for name in self.manifest["train"]]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise PrepareError(f"{folder}: no usable manifest ({error}); run prepare.py again") from None
+        if self.manifest["layout"] != LAYOUT:
+            raise PrepareError(f"{folder}: made for {self.manifest['layout']}, not {LAYOUT}; run prepare.py again")
+        return self
 
     @classmethod
     @functools.cache
@@ -516,36 +425,19 @@ class Prepared:
         except FileNotFoundError:
             raise PrepareError(f"no corpus is prepared for scale {SCALE} in {CACHE}; run: uv run prepare.py") from None
 
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / self.manifest["tokenizer"]
-
-    @property
-    def tokens(self) -> list[Path]:
-        """The token files of the training split."""
-        return [self.folder / name for name in self.manifest["train"]]
-
     def rows(self) -> np.ndarray:
         """The validation rows, uint16 (rows, T+1)."""
-        return np.fromfile(self.folder / self.manifest["validation"], "<u2").reshape(-1, MAX_SEQ_LEN + 1)
-
-    def is_current(self, request: list) -> bool:
-        """Whether this is what `request` asks for, with every file in place."""
-        lengths = {self.folder / name: length for name, (length, _) in self.manifest["files"].items()}
-        in_place = all(path.exists() and path.stat().st_size == length for path, length in lengths.items())
-        return self.manifest["request"] == request and in_place
+        return np.fromfile(self.validation, "<u2").reshape(-1, MAX_SEQ_LEN + 1)
 
     def verify(self) -> None:
         """Raise PrepareError if a file that a score depends on is not what prepare.py wrote."""
-        for name in (self.manifest["tokenizer"], self.manifest["validation"], *self.manifest["train"]):
-            path, want = self.folder / name, self.manifest["files"][name][1]
-            if (found := file_hash(path) if path.exists() else "missing") != want:
-                found = f"{path}: altered, its sha256 is {found[:12]}, not {want[:12]}"
-                raise PrepareError(f"{found}; delete it and run prepare.py again")
+        for path in (self.tokenizer, self.validation, *self.tokens):
+            if not path.exists() or file_hash(path) != self.files[path][1]:
+                raise PrepareError(f"{path}: altered, not as in the manifest; delete it and run prepare.py again")
 
     def fingerprint(self, device: torch.device) -> str:
         """Two scores may be compared only if this is equal."""
-        data = [self.manifest["files"][self.manifest[name]][1] for name in ("validation", "tokenizer")]
+        data = [self.files[path][1] for path in (self.validation, self.tokenizer)]
         return short_hash(file_hash(Path(__file__)), constants(), data, torch.__version__, device_name(device))
 
 def default_device() -> torch.device:
@@ -557,103 +449,99 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     found = re.search(r"model name\s*: (.*)", cpuinfo)
-    return f"{found[1] if found else platform.processor()} {device.type}, {torch.get_num_threads()} threads"
+    return f"{found[1] if found else os.uname().machine} {device.type}, {torch.get_num_threads()} threads"
 
-def prepare(data: str, num_shards: int | None, workers: int) -> None:
-    """Bring a corpus into the cache, as far as it is not there yet, and make it the active one.
-
-    Raises PrepareError, or OSError where the disk does not play along; what is complete stays, a rerun continues.
-    """
-    corpora, own = {"climbmix": None, "tinystories": tinystories, "python": python}, Path(data).resolve()
+def prepare(data: str, num_shards: int | None, download_workers: int) -> None:
+    """Bring a corpus into the cache, as far as it is not there yet, and make it the active one."""
+    sources = {"climbmix": None, "tinystories": tinystories, "python": python}
+    name, state = data, 10 if num_shards is None else num_shards
     if data != "climbmix" and num_shards is not None:
         raise PrepareError(f"--num-shards is for climbmix, not for {data}; leave it out")
-    if not 1 <= (num_shards := 10 if num_shards is None else num_shards) <= CLIMBMIX_SHARDS:
-        raise PrepareError(f"--num-shards is {num_shards}, not 1 to {CLIMBMIX_SHARDS}; choose one of these")
-    if workers < 1:
-        raise PrepareError(f"--download-workers is {workers}, not 1 or more; choose a number such as 8")
-    if data in corpora:
-        name, request = data, [data, num_shards]
-    elif own.is_dir():
-        files = sorted(p for p in own.rglob("*") if p.suffix in (".parquet", ".jsonl", ".txt", ".md") and p.is_file())
-        state = short_hash([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files])
-        name, request = f"{own.name}-{short_hash(str(own))}", [str(own), state]
-    else:
-        raise PrepareError(f"--data {data}: neither {', '.join(corpora)} nor a folder; choose one of these")
+    for option, value, most in ("num-shards", state, CLIMBMIX_SHARDS), ("download-workers", download_workers, 100):
+        if not 1 <= value <= most:
+            raise PrepareError(f"--{option} is {value}, not 1 to {most}; choose one of these")
+    if data not in sources:
+        if not os.path.isdir(data):
+            raise PrepareError(f"--data {data}: neither {', '.join(sources)} nor a folder; choose one of these")
+        own, types = Path(data).resolve(), (".parquet", ".jsonl", ".txt", ".md")
+        files = sorted(path for path in own.rglob("*") if path.suffix in types and path.is_file())
+        name = f"{own.name}-{short_hash(str(own))}"
+        state = short_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     with locked(folder := CACHE / f"{name}-{SCALE}"):
-        current = False
-        with contextlib.suppress(PrepareError, LookupError, TypeError, ValueError, AttributeError):
-            current = Prepared.read(folder).is_current(request)
-        if not current:
+        if not (current := is_current(folder, request := [name, state])):
             if data == "climbmix":
-                shards = climbmix(folder, num_shards, workers)
-            elif data in corpora:
-                shards = built(folder / "shards", corpora[data](folder))
+                shards = climbmix(folder, state, download_workers)
+            elif data in sources:
+                shards = built(folder / "shards", sources[data])
             else:
-                shards = built(folder / f"shards-{state}", own_data(files))
+                shards = built(folder / f"shards-{state}", lambda _: split_by_hash(own_data(files)))
             derive(folder, request, shards)
         with published(folder / "active") as file:
             file.write(folder.name.encode())
         os.replace(folder / "active", CACHE / f"active-{SCALE}")
         prepared = Prepared.read(folder)
-    tokens = sum(path.stat().st_size // 2 for path in prepared.tokens)
+    tokens = sum(prepared.files[path][0] for path in prepared.tokens) // 2
     print(f"data: {tokens:,} training tokens; {prepared.manifest['validation_rows']}")
     print(f"ready: {folder}, fingerprint {prepared.fingerprint(default_device())}{', nothing to do' * current}")
 
-def derive(folder: Path, request: list, shards: Shards) -> None:
+def is_current(folder: Path, request: list) -> bool:
+    """Whether the folder holds what `request` asks for; a file of another length is removed, to be made again."""
+    try:
+        prepared = Prepared.read(folder)
+    except PrepareError:
+        return False
+    damaged = [path for path, (n, _) in prepared.files.items() if not path.exists() or path.stat().st_size != n]
+    for path in damaged:
+        path.unlink(missing_ok=True)
+        if path.parent.name.startswith("shards"):  # they are built together
+            shutil.rmtree(path.parent, ignore_errors=True)
+    return not damaged and prepared.manifest["request"] == request
+
+def derive(folder: Path, request: list, shards: dict[str, list[Path]]) -> None:
     """Tokenizer, token files and validation rows from a folder's shards, then the manifest that vouches for them."""
-    if not shards["val"] or not shards["train"]:
+    if not all(shards.values()):
         raise PrepareError("the corpus has too few documents for a training and a validation split; bring more text")
-    paths, cores, hashes = [*shards["val"], *shards["train"]], os.cpu_count() or 1, {}
-
-    def add(*paths: Path) -> None:
-        in_threads(lambda path: hashes.update({path: file_hash(path)}), paths, cores)
-
-    add(*paths)
-    print(f"corpus: {request[0]}, {len(paths)} shards", flush=True)
+    hashes = in_threads(file_hash, [*shards["val"], *shards["train"]])
+    print(f"corpus: {request[0]}, {len(hashes)} shards", flush=True)
     # the names say what a file was made from, so that another vocabulary or corpus never finds an old one
     made_from = short_hash(VOCAB_SIZE, SPLIT_PATTERN, TOKENIZER_CHARS, [hashes[path] for path in shards["train"]])
-    tokenizer_path = folder / "tokens" / f"tokenizer-{made_from}.txt"
-    if not tokenizer_path.exists():
-        Tokenizer.train(training_text(shards["train"])).save(tokenizer_path)
-    tokenizer = Tokenizer.load(tokenizer_path)
-    add(tokenizer_path)
+    if not (tokenizer_path := folder / "tokens" / f"tokenizer-{made_from}.txt").exists():
+        train_tokenizer(shards["train"], tokenizer_path)
+    tokenizer, suffix = Tokenizer(tokenizer_path), file_hash(tokenizer_path)[:8]
     print(f"tokenizer: {tokenizer.get_vocab_size():,} tokens", flush=True)
-    names = {path: f"{path.stem}-{hashes[path][:8]}-{hashes[tokenizer_path][:8]}.bin" for path in paths}
-    targets = {path: folder / "tokens" / name for path, name in names.items()}
+    targets = {path: tokenizer_path.with_name(f"{path.stem}-{hashes[path][:8]}-{suffix}.bin") for path in hashes}
     with bar(desc="tokens", unit=" documents") as progress:
-        missing = [path for path in paths if not targets[path].exists()]
-        in_threads(lambda path: tokenize(path, targets[path], tokenizer, progress), missing, cores)
+        missing = [path for path in targets if not targets[path].exists()]
+        in_threads(lambda path: tokenize(path, targets[path], tokenizer, progress), missing)
     rows = validation_rows([targets[path] for path in shards["val"]], tokenizer.get_bos_token_id())
-    rows_path = folder / "tokens" / "validation.bin"
-    with published(rows_path) as file:
+    with published(rows_path := tokenizer_path.with_name("validation.bin")) as file:
         file.write(rows.tobytes())
-    add(*targets.values(), rows_path)
+    hashes |= in_threads(file_hash, [tokenizer_path, rows_path, *targets.values()])
+    names = {path: str(path.relative_to(folder)) for path in hashes}
     text_bytes = int(tokenizer.token_bytes.numpy()[rows[:, 1:]].sum())
     manifest = {
         "layout": LAYOUT,
         "request": request,
-        "tokenizer": str(tokenizer_path.relative_to(folder)),
-        "train": [str(targets[path].relative_to(folder)) for path in shards["train"]],
-        "validation": str(rows_path.relative_to(folder)),
+        "tokenizer": names[tokenizer_path],
+        "validation": names[rows_path],
         "validation_rows": f"{len(rows):,} validation rows of {text_bytes:,} bytes",
-        "files": {str(path.relative_to(folder)): [path.stat().st_size, sha] for path, sha in hashes.items()},
+        "train": [names[targets[path]] for path in shards["train"]],
+        "files": {names[path]: [path.stat().st_size, sha] for path, sha in hashes.items()},
         "versions": {name: importlib.metadata.version(name) for name in ("rustbpe", "tiktoken", "pyarrow", "numpy")},
     }
     with published(folder / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1).encode())
-    for path in {*(folder / "tokens").iterdir(), *folder.glob("shards-*")} - {*hashes, paths[0].parent}:
+    for path in {*tokenizer_path.parent.iterdir(), *folder.glob("shards-*")} - {*hashes, shards["val"][0].parent}:
         shutil.rmtree(path) if path.is_dir() else path.unlink()  # of an older corpus
 
 # == 8. Metric =========================================================================================================
-
 @torch.no_grad()
 def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte of the validation rows: cross-entropies in nats / (ln 2 * bytes of the targets), both summed.
 
-    `model(inputs)` gets int64 (B, T) and returns logits (B, T, V); it never sees a target. The number does not depend on
-    `batch_size`, which is halved where memory runs out. Targets of no bytes (special tokens) are left out of both
-    sums. Inside an Experiment this ends the training, once. Raises MetricError if the logits have another shape or are
-    not finite, if the model looks at the future or at other rows, or if it changes while it is evaluated.
+    `model(inputs)` gets int64 (B, T) and returns logits (B, T, V). The number does not depend on `batch_size`, which is
+    halved where memory runs out. Targets of no bytes (special tokens) are left out. Inside an Experiment this ends the
+    training. MetricError if the logits are not finite or of another shape, or if a probe fails.
     """
     if experiment := _experiment:
         experiment.stop_clock()
@@ -664,11 +552,11 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
         model.eval()
     losses = None
     while losses is None:
-        try:
+        if not batch:
+            raise MetricError("out of memory with a single validation row; make the model smaller")
+        with contextlib.suppress(torch.OutOfMemoryError):
             losses = score(model, rows, batch)
-        except torch.OutOfMemoryError:
-            if (batch := batch // 2) == 0:
-                raise MetricError("out of memory with a single validation row; make the model smaller") from None
+        batch //= 2
     if training:
         model.train()
     token_bytes = tokenizer.token_bytes.to(device)[rows[:, 1:]]
@@ -680,60 +568,62 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
 def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
     """Losses, float32 (rows, T) in nats, of a model that stands the probes."""
     # full batches of one shape, so that nothing is compiled twice: the last one is filled up with the first rows
-    batches = (torch.arange(-(-len(rows) // batch) * batch, device=rows.device) % len(rows)).view(-1, batch)
-    first = token_losses(model, rows[batches[0]], rows[batches[0], :-1], every_logit=True)
-
-    def moved_since_first() -> float:
-        return (token_losses(model, rows[batches[0]], rows[batches[0], :-1]) - first).abs().max().item()
-
-    if (noise := moved_since_first()) > NOISE_LIMIT:
+    index = torch.arange(-(-len(rows) // batch) * batch, device=rows.device) % len(rows)
+    first, *others = rows[index].split(batch)
+    losses = token_losses(model, first)
+    if (noise := (token_losses(model, first) - losses).abs().max().item()) > NOISE_LIMIT:
         raise MetricError(f"two identical calls of the model differ by {noise:.3g} nat, more than {NOISE_LIMIT}")
-    allowed = max(TOLERANCE, 10 * noise)
-    losses = torch.empty(len(rows), MAX_SEQ_LEN, device=rows.device)
-    losses[batches[0]] = first
-    for index in batches[1:]:
-        losses[index] = token_losses(model, rows[index], rows[index, :-1])
-    probe(model, rows, losses, batch, allowed)
-    if (moved := moved_since_first()) > allowed:
-        raise MetricError(f"the same rows moved by {moved:.3g} nat during the evaluation; the model must stay as it is")
-    return losses
+    losses = torch.cat([losses, *(token_losses(model, other) for other in others)])
+    for rest in (lambda: None, lambda: probe(model, rows, losses[: len(rows)], batch, max(TOLERANCE, 10 * noise))):
+        rest()
+        # noise has no direction; a model that learns goes on to move
+        if (moved := (token_losses(model, first) - losses[:batch]).abs().max().item()) > max(TOLERANCE, 3 * noise):
+            raise MetricError(f"the same rows moved by {moved:.3g} nat in the evaluation; the model must stay as it is")
+    return losses[: len(rows)]
 
-def token_losses(model: Callable, rows: torch.Tensor, inputs: torch.Tensor, every_logit: bool = False) -> torch.Tensor:
-    """Cross-entropies, float32 (B, T) in nats, of rows (B, T+1) given inputs (B, T)."""
+def token_losses(model: Callable, rows: torch.Tensor, inputs: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropies, float32 (B, T) in nats, of rows (B, T+1), given other inputs than their own if there are any."""
+    inputs = rows[:, :-1].clone() if inputs is None else inputs  # no view: the last target is out of the model's reach
     logits, want = model(inputs), (*inputs.shape, VOCAB_SIZE)
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if found != want:
         raise MetricError(f"model(inputs) returned {found}, not logits of shape {want}; the metric computes the loss")
-    few = max(1, 2**26 // (MAX_SEQ_LEN * VOCAB_SIZE))  # rows at a time, so that the float32 copies stay small
-    parts = zip(logits.split(few), rows[:, 1:].split(few), strict=True)
-    flat = [F.cross_entropy(x.flatten(0, 1).float(), y.flatten(), reduction="none") for x, y in parts]
-    losses = torch.cat(flat).view(inputs.shape)
-    if not torch.isfinite(logits if every_logit else losses).all():
+    if not all(map(math.isfinite, torch.aminmax(logits))):
         raise MetricError("the model's logits are not finite; look for an overflow or a division by zero")
-    return losses
+    few = max(1, 2**26 // (MAX_SEQ_LEN * VOCAB_SIZE))  # rows at a time, so that the float32 copies stay small
+    loss = torch.nn.CrossEntropyLoss(reduction="none")
+    parts = zip(logits.split(few), rows[:, 1:].split(few), strict=True)
+    return torch.cat([loss(x.flatten(0, 1).float(), y.flatten()) for x, y in parts]).view(inputs.shape)
 
 def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int, allowed: float) -> None:
     """Raise MetricError if the future, or another row, moves a loss by more than `allowed` nat.
 
-    Every row of a probe batch is a validation row in the place that it had in its own batch, among rows of other
-    batches, and its inputs from a cut on are those of another row. Before the cut the losses of its original targets
-    must stay: the target at the cut is the original too, so that a leak by one token shows. The cuts are stratified
-    over 1..T-1, with each of the last ten positions on top.
+    Each row keeps its place in the batch, among other rows, and has the inputs of another one from the cut on. Its own
+    target at the cut is scored too, so that a leak by one token shows. Of the rows that have a place, the one is taken
+    with the commonest token before the cut that no other had, for leaks that only one token opens.
     """
-    T, whole, rng = MAX_SEQ_LEN, len(rows) // batch, random.Random(PROBES)
-    cuts = [1 + int((i + rng.random()) * (T - 1) / PROBES) for i in range(PROBES)] + list(range(T - 10, T))
-    cuts += [rng.randint(1, T - 1) for _ in range(-len(cuts) % batch)]
-    rng.shuffle(cuts)
-    for cut in torch.tensor(cuts, device=rows.device).view(-1, batch, 1):
-        index = torch.tensor([slot + batch * rng.randrange(whole) for slot in range(batch)], device=rows.device)
-        other = (index + rng.randrange(1, len(rows))) % len(rows)
-        past = torch.arange(T, device=rows.device) < cut
+    T, rng, tokens = MAX_SEQ_LEN, np.random.default_rng(PROBES), rows.cpu().numpy()
+    worth = np.bincount(tokens.ravel(), minlength=VOCAB_SIZE).astype(float)
+
+    def pick(place: int, cut: int) -> int:
+        candidates = place + batch * rng.permutation(len(rows) // batch)
+        row = candidates[worth[tokens[candidates, cut - 1]].argmax()]
+        worth[tokens[row, cut - 1]] *= 1e-6
+        return row
+
+    # stratified over 1..T-1, and the last ten positions on top
+    stratified = 1 + ((np.arange(PROBES) + rng.random(PROBES)) * (T - 1) / PROBES).astype(int)
+    cuts = rng.permutation([*stratified, *range(T - 10, T)])
+    for cut in np.resize(cuts, (-(-len(cuts) // batch), batch, 1)):  # filled up with the first ones
+        index = np.array([pick(place, position) for place, position in enumerate(cut[:, 0])])
+        other = (index + rng.integers(1, len(rows))) % len(rows)
+        index, other, past = (torch.from_numpy(x).to(rows.device) for x in (index, other, np.arange(T) < cut))
         inputs = torch.where(past, rows[index, :-1], rows[other, :-1])
         moved = (token_losses(model, rows[index], inputs) - losses[index]).abs() * past
         if moved.max() > allowed:
             slot, position = divmod(int(moved.argmax()), T)
             found = f"the prediction at position {position} moves by {moved.max():.3g} nat, more than {allowed:.3g}"
-            where = f"when inputs from position {int(cut[slot])} on and other rows are replaced"
+            where = f"when inputs from position {int(cut[slot, 0])} on and other rows are replaced"
             raise MetricError(f"{found}, {where}; a model must see only the past of its own row")
 
 # == 9. Experiment: one run, its clock and its watchdog ================================================================
@@ -785,6 +675,8 @@ class Experiment:
         Starts the clock. Ends before a step that, judged by the last one, would pass the budget. On CUDA the host runs
         at most one step ahead of the device. Raises PrepareError if a file of the corpus was altered.
         """
+        if self.clock_started:
+            raise MetricError("run.steps() was called twice; a run has one clock")
         self.data_check.result()
         self._synchronize()
         ahead = 1 if self.device.type == "cuda" else 0  # steps in flight when the next one is decided on
@@ -880,7 +772,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 # == 10. Command line ==================================================================================================
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise PrepareError(f"{message}; see prepare.py --help")
@@ -888,22 +779,21 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; after an error, which is one line on stderr, the exit code is 1."""
     parser = Parser(prog="prepare.py", description="Prepare a corpus for train.py, once.")
-    default = SCALES[SCALE]["corpus"]
-    about = f"climbmix, tinystories, python, or a folder of .parquet, .jsonl, .txt, .md (default here: {default})"
-    parser.add_argument("--data", default=default, help=about)
+    about = "climbmix, tinystories, python, or a folder of .parquet, .jsonl, .txt, .md (default here: %(default)s)"
+    parser.add_argument("--data", default=DEFAULT_CORPUS, help=about)
     parser.add_argument("--num-shards", type=int, help="training shards of climbmix (default: 10)")
     parser.add_argument("--download-workers", type=int, default=8, help="downloads at once (default: %(default)s)")
     try:
-        options = parser.parse_args(argv)
-        prepare(options.data, options.num_shards, options.download_workers)
+        prepare(**vars(parser.parse_args(argv)))
         return 0
     except AutoresearchError as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename or CACHE}: {error.strerror or error}; make room there, or move AUTORESEARCH_CACHE"
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cut off the line that the first one gets
         message = "interrupted; run prepare.py again to continue"
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     return 1
 
 if __name__ == "__main__":

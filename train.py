@@ -128,9 +128,8 @@ def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     return y.transpose(1, 2)
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Plain matrix products, for the CPU; under a short window, blocks of tokens see themselves and the block before.
-
-    A step of SMALL takes 720 ms with it and 796 ms with scaled_dot_product_attention in the same blocks.
+    """Plain matrix products, for the CPU; under a short window, blocks of tokens see themselves and the block before. A
+    step of SMALL takes 720 ms with it and 796 ms with scaled_dot_product_attention in the same blocks.
     """
     (B, T, N, H), block = q.shape, max(window, 16)
     blocks, before = (1, 0) if 2 * block >= T else (-(-T // block), block)
@@ -197,10 +196,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, seq_len: int, win
 # == 3. Model ==========================================================================================================
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension, without gains: x / sqrt(mean(x^2)).
-
-    F.rms_norm is the same in more passes over memory: 766 ms instead of 688 for a step of SMALL on the CPU.
-    """
+    """RMSNorm without gains, x / sqrt(mean(x^2)). With F.rms_norm a step of SMALL on the CPU takes 766 ms, not 688."""
     rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.size(-1) ** -0.5
     return x * rms.clamp_min(1e-6).reciprocal().to(x.dtype)
 
@@ -257,10 +253,8 @@ class Block(nn.Module):
         return x + self.c_proj(F.relu(self.c_fc(norm(x))).square())
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits(x, weight) in chunks of `size` positions, each with its gradients, for the CPU.
-
-    The logits are the largest tensor by far, and a chunk of them stays in the cache: 126 ms instead of 318 for head and
-    loss in a step of SMALL.
+    """Mean cross-entropy of logits(x, weight) in chunks of `size` positions, each with its gradients, for the CPU: the
+    logits stay in its cache, and head and loss take 126 instead of 318 ms of a step of SMALL.
     """
 
     @staticmethod
@@ -506,15 +500,16 @@ def warm_up(model: GPT, optimizer: MuonAdamW, rows: int) -> None:
     micro_batches = min(2, config.micro_batches(rows, model.seq_len))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tokens = torch.randint(model.wte.num_embeddings, (rows, model.seq_len), device=device)
+        # not one tensor for both: that would be compiled as a special case
+        inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, model.seq_len), device=device)
         try:
             for _ in range(2):
-                accumulate_gradients(model, itertools.repeat((tokens, tokens, 0)), micro_batches)
+                accumulate_gradients(model, itertools.repeat((inputs, targets, 0)), micro_batches)
                 optimizer.step(1.0, config.muon_momentum[0], config.matrix_weight_decay)
                 model.zero_grad()
             model.eval()
             with torch.no_grad():
-                model(tokens[: config.eval_rows])
+                model(inputs[: config.eval_rows])
         finally:
             model.train()
             model.zero_grad()
@@ -546,15 +541,16 @@ class Monitor:
     that the host never waits.
     """
 
-    def __init__(self, device: torch.device, batch_tokens: int, flops_per_token: int):
-        self.on_cuda, self.batch_tokens = device.type == "cuda", batch_tokens
+    def __init__(self, device: torch.device, batch_tokens: int, batch_flops: int):
+        self.on_cuda, self.batch_tokens, self.batch_flops = device.type == "cuda", batch_tokens, batch_flops
         name = torch.cuda.get_device_name(device) if self.on_cuda else ""
-        peaks = [1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name]
-        self.mfu_percent_per_token = 100 * flops_per_token / peaks[0] if peaks else None
+        self.peak_flops = next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
         self.losses = torch.zeros(4, pin_memory=self.on_cuda)
-        self.ema = self.ema_weight = 0.0
-        self.begun_s = self.printed_s = time.monotonic()
-        self.printed_step = 0
+        self.ema, self.ema_weight = 0.0, 0.0
+        self.begun_s, self.shown_s, self.shown_steps = time.monotonic(), time.monotonic(), 0
+
+    def mfu_percent(self, steps: int, seconds: float) -> str:
+        return f"{100 * steps * self.batch_flops / seconds / self.peak_flops:.2f}" if self.peak_flops else "n/a"
 
     def watch(self, step: int, loss: torch.Tensor) -> None:
         """Take the loss of this step and check the one of two steps ago."""
@@ -568,31 +564,27 @@ class Monitor:
             raise TrainError(f"step {step}: the loss is {loss:.4g}, not a number up to 100; {remedy}")
         self.ema, self.ema_weight = 0.9 * self.ema + 0.1 * loss, 0.9 * self.ema_weight + 0.1
 
-    def speed(self, steps: int, since_s: float) -> tuple[float, str]:
-        """Tokens a second, and their MFU in percent."""
-        tokens_per_s = steps * self.batch_tokens / (time.monotonic() - since_s)
-        known = self.mfu_percent_per_token
-        return tokens_per_s, "n/a" if known is None else f"{known * tokens_per_s:.2f}"
-
     def show(self, steps: int, progress: float, lr_frac: float, epoch: int) -> None:
-        if time.monotonic() - self.printed_s < 10 or not self.ema_weight:
+        now = time.monotonic()
+        if now - self.shown_s < 10 or not self.ema_weight:
             return
-        tokens_per_s, mfu = self.speed(steps - self.printed_step, self.printed_s)
-        done = f"step {steps:5d} | {progress:4.0%} | loss {self.ema / self.ema_weight:.4f} | lr {lr_frac:.2f}"
-        speed = f"{1000 * self.batch_tokens / tokens_per_s:.0f} ms/step | {tokens_per_s:,.0f} tok/s | mfu {mfu}"
-        print(f"{done} | {speed} | epoch {epoch} | {TIME_BUDGET * (1 - progress):.0f} s left", flush=True)
-        self.printed_s, self.printed_step = time.monotonic(), steps
+        seconds, since = now - self.shown_s, steps - self.shown_steps
+        speed = f"{1000 * seconds / since:.0f} ms/step | {since * self.batch_tokens / seconds:,.0f} tok/s"
+        done = f"step {steps:5d} | {progress:4.0%} | loss {self.ema / self.ema_weight:.4f} | lr {lr_frac:.2f} | {speed}"
+        left = f"epoch {epoch} | {TIME_BUDGET * (1 - progress):.0f} s left"
+        print(f"{done} | mfu {self.mfu_percent(since, seconds)} | {left}", flush=True)
+        self.shown_s, self.shown_steps = now, steps
 
 def main() -> int:
     with Experiment(" ".join(sys.argv[1:])) as run:
         config = FULL if SCALE == "full" else SMALL
         device, dtype, compiled = run.device, compute_dtype(run.device), can_compile(run.device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
         tokenizer = Tokenizer.from_directory()
         attend = choose_attention(device, dtype, MAX_SEQ_LEN, set(config.layer_windows(MAX_SEQ_LEN)))
         with device:
             model = GPT(config, VOCAB_SIZE, MAX_SEQ_LEN, attend, dtype)
         if compiled:
+            torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
             model.compile(dynamic=False)
         optimizer = MuonAdamW(model, config, dtype, compiled)
         rows = fit_micro_batch(lambda rows: warm_up(model, optimizer, rows), config.micro_rows)
@@ -604,7 +596,7 @@ def main() -> int:
         batches = make_dataloader(tokenizer, rows, MAX_SEQ_LEN, device=device)
         gc.collect()
         gc.freeze()  # what is alive now stays; looking through it would cost time in every collection
-        monitor = Monitor(device, config.batch_tokens, model.flops_per_token())
+        monitor = Monitor(device, config.batch_tokens, config.batch_tokens * model.flops_per_token())
         for step, progress in run.steps():
             loss, epoch = accumulate_gradients(model, batches, micro_batches)
             lr_frac = learning_rate_frac(progress, config)
@@ -613,7 +605,7 @@ def main() -> int:
             monitor.watch(step, loss)
             monitor.show(step + 1, progress, lr_frac, epoch)
         monitor.check(step, loss.item())
-        _, mfu_percent = monitor.speed(step + 1, monitor.begun_s)
+        mfu_percent = monitor.mfu_percent(step + 1, time.monotonic() - monitor.begun_s)
         evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))
         tokens_M = (step + 1) * config.batch_tokens / 1e6
         run.summary(mfu_percent, tokens_M, num_steps=step + 1, num_params_M=num_params_M, depth=config.depth)

