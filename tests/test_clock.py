@@ -78,10 +78,11 @@ def test_torch_is_seeded_by_the_harness(tokenizer, monkeypatch, given, seed):
     assert torch.equal(drawn, torch.rand(5, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_a_seed_that_is_no_number_is_refused(tokenizer, monkeypatch):
+def test_a_seed_that_is_no_number_is_refused(tokenizer, monkeypatch, capsys):
     monkeypatch.setenv("SEED", "lucky")
-    with pytest.raises(SystemExit, match="^error: SEED is 'lucky', not a whole number; unset it$"):
+    with pytest.raises(SystemExit, match="^1$"):
         Experiment("toy").__enter__()
+    assert only_line(capsys.readouterr().err) == "error: SEED is 'lucky', not a whole number; unset it\n"
 
 
 def test_reseeding_is_invalid(tokenizer, clock, capsys):
@@ -250,8 +251,9 @@ def test_a_changed_constant_is_refused_at_the_start_and_at_the_end(tokenizer, cl
     assert run.exit_code == 1
     assert found in only_line(capsys.readouterr().err)
     monkeypatch.setattr(prepare, name, value)
-    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(found)}"):
+    with pytest.raises(SystemExit, match="^1$"):
         Experiment("toy").__enter__()
+    assert found in only_line(capsys.readouterr().err)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
