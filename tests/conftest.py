@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,8 @@ os.environ["AUTORESEARCH_SCALE"] = "small"
 os.environ["AUTORESEARCH_CACHE"] = tempfile.mkdtemp(prefix="autoresearch-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("SEED", None)
+# a shell starts background jobs with SIGINT ignored, and children inherit that: Ctrl-C could not be tested
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(*command: object, env: dict | None = None, timeout: float = 120, **options) -> subprocess.CompletedProcess:
