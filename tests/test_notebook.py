@@ -227,6 +227,7 @@ def test_maybe_repeats_with_the_next_seed_whatever_the_description_is(begun):
 @pytest.mark.parametrize(
     "status, change, description", [("keep", BETTER, "4 -> 7 steps"), ("maybe", OTHER, "lr"), ("discard", WORSE, "few")]
 )
+@pytest.mark.slow
 def test_an_edit_during_the_run_is_neither_measured_nor_lost(begun, status, change, description):
     lab, measured = begun, TRAIN.replace(*change)
     lab.edit(change)
@@ -456,6 +457,7 @@ def test_a_candidate_without_a_baseline_is_unjudged_until_the_printed_command_ha
     assert lab.git("status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_the_command_for_the_unjudged_gives_the_edit_back_also_if_the_baseline_crashes(tmp_path):
     lab = Lab.create(tmp_path / "new")
     lab.edit(CRASH)
@@ -473,6 +475,7 @@ def test_the_command_for_the_unjudged_gives_the_edit_back_also_if_the_baseline_c
 
 
 @pytest.mark.parametrize("edited", [False, True], ids=["as committed", "edited since"])
+@pytest.mark.slow
 def test_what_was_committed_by_hand_is_given_back_to_be_judged(begun, edited):
     lab = begun
     measured = lab.git("rev-parse", "HEAD")
@@ -492,6 +495,7 @@ def test_what_was_committed_by_hand_is_given_back_to_be_judged(begun, edited):
     assert lab.git("status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_seeds_are_the_lowest_that_this_code_has_not_finished_and_old_ones_can_be_reproduced(begun):
     lab = begun
     again = lab.run("again", SEED="43")
@@ -516,6 +520,7 @@ def rewrite(lab: Lab, scores: dict[int, float]) -> None:
     lab.results.write_text("".join("\t".join(fields) + "\n" for fields in (COLUMNS, *(row.values() for row in rows))))
 
 
+@pytest.mark.slow
 def test_reruns_never_turn_a_discard_into_a_keep_and_a_seed_counts_once(begun):
     lab = begun
     lab.edit(BETTER)
@@ -713,6 +718,7 @@ def test_the_report_counts_compares_and_draws(tmp_path, count, crashes_only):
     assert len(kept) > count / 20 and (count < 40 or failed)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_real_night_names_what_is_pending_and_takes_means_over_seeds(begun):
     lab = begun
     outcome = lab.sh("uv run prepare.py --report")

@@ -211,6 +211,7 @@ def test_an_unknown_scale_is_an_error_not_a_guess(forks, tmp_path):
     assert "'medium'" in line and "full or small" in line
 
 
+@pytest.mark.slow
 def test_the_command_itself_fails_with_one_line_and_keeps_what_was_prepared(cache_copy, small):
     """A few of the others' claims once more, from the start of the interpreter on, several at a time."""
     before, offline = state(cache_copy), {"HF_ENDPOINT": closed_port(), "NO_PROXY": "*"}
@@ -273,6 +274,7 @@ PASSING = {  # a server's manners, and the statuses of its answers until the sha
 }
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_for_a_while_costs_only_time(hub, forks, tmp_path):
     """Each shard meets another failure, all in one run; a broken one goes on where it broke."""
     names = {manner: CLIMBMIX.format(i) for i, manner in enumerate(PASSING)}
@@ -694,6 +696,7 @@ def test_a_folder_of_another_version_or_scale_or_with_a_damaged_manifest_is_prep
 
 @pytest.mark.parametrize("damage", ["missing", "shorter"])
 @pytest.mark.parametrize("kind", ["shards", "tokens"])
+@pytest.mark.slow
 def test_a_file_that_is_gone_or_has_another_length_is_made_again(kind, damage, forks, passages, tmp_path):
     """Never taken as it is, nor done without: a new manifest would vouch for it."""
     source = jsonl(tmp_path / "own", passages[:1000] + [f"Line {i}.\n" for i in range(20_000)])
@@ -758,6 +761,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", [pytest.param(end, marks=SLOW if end == "terminated" else ()) for end in ENDS])
+@pytest.mark.slow
 def test_ended_after_every_file_that_it_completes_it_still_comes_to_the_same(end, own_cache, hub, forks, tmp_path):
     """Every run completes one more file, then it ends; another corpus stays active until all is done."""
     cache = Path(shutil.copytree(own_cache, tmp_path / "cache"))

@@ -110,6 +110,7 @@ def test_block_attention_equals_an_explicit_mask_for_any_shape(seq_len, window, 
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, when it loads its compiler
+@pytest.mark.slow
 def test_flex_attention_in_a_compiled_model_equals_sdpa():
     """On the CPU it only runs forwards; masks, layout and the whole graph are those of CUDA."""
     config = replace(TINY, head_dim=16, queries_per_kv=2)
@@ -434,6 +435,7 @@ def test_warm_up_leaves_no_trace(monkeypatch):
         assert got.equal(want), name
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(monkeypatch):
     """Neither the first real batch nor a new learning rate nor the evaluation may compile while the clock runs."""
     compiled = CompileCounter()
