@@ -189,13 +189,14 @@ def tinystories(folder: Path) -> Iterator[tuple[str, str]]:
     return (("val" if i < 20_000 else "train", text) for i, text in enumerate(texts(path)) if i >= 10_000)
 
 def python(folder: Path) -> Iterator[tuple[str, str]]:
-    """The Python sources on this machine, cut at top-level definitions, once each, in the order of their hashes."""
+    """The Python sources here, cut at top-level definitions or line ends, once each, in the order of their hashes."""
     roots, pieces = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}, set()
     # packages of another environment can lie below the standard library
     paths = [path for root in roots for path in root.rglob("*.py") if "-packages" not in str(path.relative_to(root))]
     for path in bar(paths, desc="read", unit=" files"):
         with contextlib.suppress(UnicodeDecodeError, OSError):
-            pieces.update(cut(path.read_text("utf-8"), r"(?<=\n\n)(?=@|class |def |async def )", 800))
+            for piece in cut(path.read_text("utf-8"), r"(?<=\n\n)(?=@|class |def |async def )", 800):
+                pieces.update(cut(piece, "\n", 800))
     return split_by_hash(sorted(pieces, key=content_hash))
 
 def own_data(paths: list[Path]) -> Iterator[str]:
@@ -565,7 +566,7 @@ def token_losses(model: Callable, rows: torch.Tensor, inputs: torch.Tensor | Non
         raise MetricError(f"model(inputs) returned {found}, not logits of shape {want}; the metric computes the loss")
     if not all(map(math.isfinite, torch.aminmax(logits))):
         raise MetricError("the model's logits are not finite; look for an overflow or a division by zero")
-    few = max(1, 2**26 // (MAX_SEQ_LEN * VOCAB_SIZE))  # rows at a time, so that the float32 copies stay small
+    few = max(1, 2**22 // (MAX_SEQ_LEN * VOCAB_SIZE))  # rows at a time, so that the float32 copies stay small
     loss = torch.nn.CrossEntropyLoss(reduction="none")
     parts = zip(logits.split(few), rows[:, 1:].split(few), strict=True)
     return torch.cat([loss(x.flatten(0, 1).float(), y.flatten()) for x, y in parts]).view(inputs.shape)
