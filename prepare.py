@@ -360,7 +360,6 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train", 
     # a buffer is refilled only after its copy, which can be queued behind a whole backward pass
     shape, event = {"size": (B, T + 1), "dtype": torch.int64, "pin_memory": cuda}, torch.cuda.Event if cuda else int
     slots = [(torch.empty(**shape), event()) for _ in range(3)]
-
     def batches() -> Iterator[tuple]:
         for buffer, copied in itertools.cycle(slots):
             if _experiment and not _experiment.clock_started:
@@ -373,7 +372,6 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train", 
             if cuda:
                 copied.record()
             yield rows[:, :-1].clone(), rows[:, 1:].clone(), packer.epoch
-
     return batches()
 
 def validation_rows(paths: list[Path], bos: int) -> np.ndarray:
@@ -546,15 +544,17 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
     # full batches of one shape, so that nothing is compiled twice: the last one is filled up with the first rows
     index = torch.arange(-(-len(rows) // batch) * batch, device=rows.device) % len(rows)
     first, *others = rows[index].split(batch)
+    def ask_again(allowed: float, complaint: str) -> float:
+        if (moved := (token_losses(model, first) - losses[:batch]).abs().max().item()) > allowed:
+            raise MetricError(f"{complaint} by {moved:.3g} nat, more than {allowed:.3g}")
+        return moved
     losses = token_losses(model, first)
-    if (noise := (token_losses(model, first) - losses).abs().max().item()) > NOISE_LIMIT:
-        raise MetricError(f"two identical calls of the model differ by {noise:.3g} nat, more than {NOISE_LIMIT}")
+    noise = ask_again(NOISE_LIMIT, "two identical calls of the model differ")
     losses = torch.cat([losses, *(token_losses(model, other) for other in others)])
-    for rest in (lambda: None, lambda: probe(model, rows, losses[: len(rows)], batch, max(TOLERANCE, 10 * noise))):
-        rest()
-        # noise has no direction; a model that learns goes on to move
-        if (moved := (token_losses(model, first) - losses[:batch]).abs().max().item()) > max(TOLERANCE, 3 * noise):
-            raise MetricError(f"the same rows moved by {moved:.3g} nat in the evaluation; the model must stay as it is")
+    learning = max(TOLERANCE, 3 * noise), "the evaluation must leave the model as it is, but the same rows moved"
+    ask_again(*learning)
+    probe(model, rows, losses[: len(rows)], batch, max(TOLERANCE, 10 * noise))
+    ask_again(*learning)
     return losses[: len(rows)]
 
 def token_losses(model: Callable, rows: torch.Tensor, inputs: torch.Tensor | None = None) -> torch.Tensor:
@@ -580,13 +580,11 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
     """
     T, rng, tokens = MAX_SEQ_LEN, np.random.default_rng(PROBES), rows.cpu().numpy()
     worth = np.bincount(tokens.ravel(), minlength=VOCAB_SIZE).astype(float)
-
     def pick(place: int, cut: int) -> int:
         candidates = place + batch * rng.permutation(len(rows) // batch)
         row = candidates[worth[tokens[candidates, cut - 1]].argmax()]
         worth[tokens[row, cut - 1]] *= 1e-6
         return row
-
     # stratified over 1..T-1, and the last ten positions on top
     stratified = 1 + ((np.arange(PROBES) + rng.random(PROBES)) * (T - 1) / PROBES).astype(int)
     cuts = rng.permutation([*stratified, *range(T - 10, T)])
@@ -603,7 +601,6 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
             raise MetricError(f"{found}, {where}; a model must see only the past of its own row")
 
 # == 8. Notebook: every run is a row of results.tsv and a commit under refs/autoresearch ===============================
-
 def judge(candidate: list[float], incumbent: list[float], sigma: float) -> tuple[str, float, float]:
     """Status (`keep`, `discard` or `maybe`), gain and its standard error, in bits per byte; a gain is positive.
 
@@ -668,6 +665,8 @@ class Notebook:
             raise PrepareError("prepare.py differs from HEAD's, scores would not compare; git stash push -q prepare.py")
         folder = Path(git("rev-parse", "--absolute-git-dir"), "autoresearch")
         self.lock = locked(folder, "run")  # one in a work tree
+        for left_by_a_killed_run in folder / "index.lock", *HERE.glob(f"{RESULTS.name}.*.tmp"):
+            left_by_a_killed_run.unlink(missing_ok=True)
         self.code = git("hash-object", "-w", "--path", "train.py", "--stdin", input=(HERE / "train.py").read_bytes())
         self.is_baseline, self.fingerprint = self.code == self.incumbent, fingerprint
         self.description = description or ("baseline" if self.is_baseline else "-")
@@ -758,7 +757,6 @@ class Notebook:
         print(f"status: {status:<11} next: {command}", flush=True)
 
 # == 9. Experiment: one run, its clock and its watchdog ===============================================================
-
 _experiment: "Experiment | None" = None  # the one that is running
 
 class Experiment:
@@ -885,23 +883,26 @@ class Experiment:
             self.ended.set()
             _experiment, self.exit_code = None, int(bool(failure))
             faulthandler.cancel_dump_traceback_later()
-            sys.stdout.flush()
-            print(message, file=sys.stderr, end="\n" if message else "", flush=True)
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                sys.stdout.flush()
+                print(message, file=sys.stderr, end="\n" if message else "", flush=True)
             if not (notebook := self.notebook):
                 return
-            row, status, subject = notebook.row, failure, f"nan ({failure})"
+            row, status, subject, reason = notebook.row, failure, f"nan ({failure})", ""
             row["memory_gb"] = f"{peak_memory_mb(self.device) / 1024:.1f}"
             row["seconds"] = f"{time.perf_counter() - self.begun:.0f}"
             try:
                 if not failure:
                     row["val_bpb"] = f"{self.val_bpb:.6f}"
                     status, subject, reason = notebook.verdict()
-                    print(reason)
                 notebook.settle(status, subject, f"{self._lines()}\n\n{message}")
-                notebook.print_next(status)
             except (OSError, subprocess.CalledProcessError) as error:
                 self.exit_code = 1
                 print(f"error: not recorded: {error}; the next run settles the row", file=sys.stderr, flush=True)
+            else:
+                with contextlib.suppress(OSError):
+                    print(reason, end="\n" * bool(reason))
+                    notebook.print_next(status)
 
 def check_constants() -> None:
     if changed := [f"{k} is {v}, not {_CONSTANTS[k]}" for k, v in constants().items() if v != _CONSTANTS[k]]:
@@ -913,7 +914,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 # == 10. The morning report ============================================================================================
-
 def report() -> None:
     """Say on the terminal how the night went, and draw it as progress.png. Kept is what stands in HEAD's history."""
     if not (rows := read_results()):

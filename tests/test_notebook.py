@@ -1,5 +1,7 @@
 """The notebook: in real repositories, by the real command line; every printed command is run as it was printed."""
 
+import contextlib
+import io
 import os
 import random
 import re
@@ -13,6 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lab import BUDGET, COLUMNS, ROOT, TRAIN, Lab, Outcome
 
 import prepare
@@ -636,6 +640,21 @@ def test_results_are_read_as_they_were_written(tmp_path, monkeypatch, capsys):
     prepare.write_results(rows)
     assert prepare.read_results(set_aside=True) == rows
     assert capsys.readouterr().out == ""
+
+
+NO_ROWS = st.text() | st.sampled_from([LINES[0][:30], LINES[0].upper(), HEADER.strip(), "\t"])
+
+
+@given(st.lists(st.integers(0, 99) | NO_ROWS))
+@settings(max_examples=300, deadline=None)
+def test_good_rows_are_read_in_whatever_company(tmp_path_factory, lines):
+    good = [good_row(i) for i in lines if isinstance(i, int)]
+    raw = HEADER + "".join("\t".join(good_row(i).values()) + "\n" if isinstance(i, int) else f"{i}\n" for i in lines)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(prepare, "RESULTS", tmp_path_factory.mktemp("fuzz") / "results.tsv")
+        prepare.RESULTS.write_bytes(raw.encode("utf-8", "replace"))
+        assert prepare.read_results(set_aside=True) == prepare.read_results() == good
+    assert ("damaged in line" in said.getvalue()) == (len(good) < len(lines))
 
 
 def test_a_run_keeps_the_good_rows_of_a_damaged_results_tsv_and_the_damaged_file(begun):

@@ -65,6 +65,7 @@ def test_every_token_is_as_long_as_its_raw_bytes(ranks, tokenizer):
 
 @given(TEXTS)
 @example("".join(map(chr, range(0x3000))))
+@example(" ".join(chr(c) for c in range(0x3000, 0x110000, 331) if not 0xD800 <= c < 0xE000))  # of every plane
 @settings(max_examples=200, deadline=None)
 def test_encoding_equals_the_slow_way_and_keeps_every_byte(ranks, tokenizer, text):
     ids = tokenizer.encode(text)

@@ -3,12 +3,16 @@
 import functools
 import itertools
 import math
+import os
+import re
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,7 @@ from train import GPT, Config, Monitor, MuonAdamW, TrainError, accumulate_gradie
 CPU = torch.device("cpu")
 TINY = replace(
     train.SMALL, depth=3, n_embd=32, head_dim=8, windows="SL", short_window=5, gate_channels=8, batch_tokens=8 * 24,
-    micro_rows=8, loss_chunk=50, init_scale=1.0,
+    micro_rows=8, logit_softcap=15.0, loss_chunk=50, init_scale=1.0, value_every=2,
 )  # fmt: skip
 V, T = 61, 24
 
@@ -165,6 +169,15 @@ def test_norm_equals_rms_norm():
     assert train.norm(torch.zeros(4)).equal(torch.zeros(4))
 
 
+def test_relu2_equals_the_square_of_relu():
+    x = torch.randn(5, 33, requires_grad=True)
+    want, got = F.relu(x).square(), train.ReLU2.apply(x)
+    assert got.equal(want)
+    direction = torch.randn_like(x)
+    (want_grad,), (got_grad,) = (torch.autograd.grad(y, x, direction) for y in (want, got))
+    torch.testing.assert_close(got_grad, want_grad)
+
+
 @pytest.mark.parametrize("config", [TINY, replace(TINY, queries_per_kv=2), replace(TINY, depth=1, windows="L")])
 @pytest.mark.parametrize("attend", [train.block_attention, train.sdpa_attention])
 def test_changing_the_future_does_not_move_the_past(config, attend):
@@ -196,6 +209,18 @@ def test_the_untrained_model_is_uniform_and_its_blocks_add_nothing():
     assert model.blocks[0](x, inputs[:1], model.cos, model.sin).equal(x)
 
 
+def test_the_token_shift_adds_the_token_before_channel_by_channel():
+    block, seen = tiny_model().blocks[0], []
+    block.attn.forward = lambda h, *_: seen.append(h) or torch.zeros_like(h)
+    x, shift = torch.randn(2, T, TINY.n_embd), torch.randn(TINY.n_embd)
+    with torch.no_grad():
+        block.shift.copy_(shift)
+    block(x, None, None, None)
+    want = train.norm(x)
+    want[:, 1:] += shift * train.norm(x)[:, :-1]
+    torch.testing.assert_close(seen[0], want)
+
+
 def test_value_embeddings_sit_on_alternate_layers_with_the_gate_at_one():
     model = tiny_model(replace(TINY, depth=5))
     assert [block.attn.value_embed is not None for block in model.blocks] == [True, False, True, False, True]
@@ -214,6 +239,9 @@ def test_logits_are_float32_and_capped():
     logits = model(next(batches(2))[0])
     assert logits.dtype == torch.float32 and logits.shape == (2, T, V)
     assert 0.9 * TINY.logit_softcap < logits.abs().max() <= TINY.logit_softcap
+    free = GPT(replace(TINY, logit_softcap=0.0), V, T, train.block_attention, torch.bfloat16)
+    free.load_state_dict(model.state_dict())
+    assert free(next(batches(2))[0]).abs().max() > 100 * TINY.logit_softcap
 
 
 def test_the_chunked_loss_equals_the_plain_one():
@@ -567,10 +595,31 @@ def test_two_runs_with_one_seed_agree(cache, monkeypatch, capsys, tmp_path):
     assert first["val_bpb"] != other["val_bpb"] and 1 < float(first["val_bpb"]) < 8
 
 
+def resources() -> tuple[int, int, int, int]:
+    """(KiB of memory of its own, open files, threads, child processes) of this process."""
+    anonymous = re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return int(anonymous[1]), len(os.listdir("/proc/self/fd")), threading.active_count(), len(children)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_thousand_steps_leave_memory_files_threads_and_processes_as_they_were(cache, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before, seen, watch = resources(), [], train.Monitor.watch
+    monkeypatch.setattr(train.Monitor, "watch", lambda *args: (seen.append(resources()), watch(*args)))
+    summary = small_main(monkeypatch, capsys, 7, seconds_per_step=300 / 2000)
+    assert int(summary["num_steps"]) == len(seen) >= 1999
+    memory, *counts = zip(*seen[200:], strict=True)
+    assert np.median(memory[-200:]) - np.median(memory[:200]) < 4 * 1024
+    assert all(max(count) == min(count) for count in counts)
+    assert resources()[1:] == before[1:]
+
+
 def test_a_nan_loss_ends_the_run_with_its_step_and_a_remedy(cache: Path, tmp_path: Path):
     source = (ROOT / "train.py").read_text()
     broken = source.replace("matrix_lr: float = 0.04", 'matrix_lr: float = float("nan")')
-    broken = broken.replace("depth=4", "depth=1")  # to save time
+    broken = re.sub(r"    depth=\d,", "    depth=1,", broken)  # to save time
     assert broken.count('float("nan")') == broken.count("depth=1,") == 1
     (tmp_path / "train.py").write_text(broken)
     result = run(ROOT / "tests" / "short.py", 60, tmp_path / "train.py", "no number", cwd=tmp_path)
