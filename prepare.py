@@ -50,7 +50,6 @@ if SCALE not in SCALES:
     sys.exit(f"error: AUTORESEARCH_SCALE is {SCALE!r}, not full or small; unset it or choose one of them")
 MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, DEFAULT_CORPUS = SCALES[SCALE]  # tokens: in a row, different ones, to score
 TIME_BUDGET, GRACE = 300, 300  # seconds: to train; to start and evaluate, then the watchdog ends the run
-
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
 LAYOUT = [1, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS]  # version and scale of a prepared folder
 CLIMBMIX, CLIMBMIX_SHARDS = "datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6542  # and one for validation
@@ -68,14 +67,13 @@ MIN_VALIDATION_ROWS, LOGITS_BYTES = 64, 2**31  # of float32 logits that the metr
 PROBES = 256  # (row, cut) pairs at least: a leak behind a rare token needs that many
 HERE = Path(__file__).resolve().parent
 RESULTS, COLUMNS = HERE / "results.tsv", "commit val_bpb memory_gb status description seed code fingerprint seconds"
-SIGMA = 0.0007 if SCALE == "full" else 0.0025  # bpb between seeds, until two runs of one code tell
+SIGMA = 0.0007 if SCALE == "full" else 0.0045  # bpb between seeds, until two runs of one code tell
 KEEP_SE = 0.25  # of the standard error, asked of a repeated gain; tests/test_verdict.py simulates what it brings
 TOLERANCE, NOISE_LIMIT = 0.005, 0.02  # nats: what the future may move; what two identical calls may differ by
 
 def constants() -> dict:
     """The numbers and names above, as they are now."""
     return {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int | float | str)}
-
 _CONSTANTS = constants()
 
 class AutoresearchError(Exception):
@@ -127,7 +125,6 @@ def in_threads(work: Callable, items: Iterable, workers: int = os.cpu_count() or
 
 def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
 def short_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
@@ -150,7 +147,6 @@ def download(source: str, paths: list[Path], workers: int = 1) -> list[Path]:
     again = {"backoff_factor": 0.5, "status_forcelist": (429, 500, 502, 503, 504), "retry_after_max": 60}
     for adapter in session.adapters.values():
         adapter.max_retries = requests.adapters.Retry(DOWNLOAD_ATTEMPTS - 1, **again)
-
     def fetch(path: Path) -> None:
         url, headers = f"{endpoint}/{source}/{path.name}", {"Accept-Encoding": "identity"}
         failed = f"{path.name}: {{}} ({url}); check the network and HF_ENDPOINT, then run prepare.py again"
@@ -173,7 +169,6 @@ def download(source: str, paths: list[Path], workers: int = 1) -> list[Path]:
                     return next(texts(Path(file.name), f"{path.name} from {url}"), None)
                 headers |= {"Range": f"bytes={file.tell()}-", "If-Range": response.headers.get("ETag", '"unknown"')}
             raise PrepareError(failed.format(f"cut off at {file.tell()} of {length} bytes"))
-
     with bar(desc="download", unit="B") as progress:
         in_threads(fetch, [path for path in paths if not path.exists()], workers)
     return paths
@@ -256,7 +251,7 @@ class Tokenizer:
         try:
             lines = [line.split() for line in path.read_bytes().splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        except ValueError:
+        except (OSError, ValueError):
             ranks = {}
         if list(ranks.values()) != list(range(self.bos)) or not {bytes([i]) for i in range(256)} < ranks.keys():
             raise PrepareError(f"{path}: no tokenizer of {VOCAB_SIZE:,}; delete it and run prepare.py again")
@@ -406,6 +401,7 @@ class Prepared:
             return cls.read(CACHE / (CACHE / f"active-{SCALE}").read_text())
         except FileNotFoundError:
             raise PrepareError(f"no corpus is prepared for scale {SCALE} in {CACHE}; run: uv run prepare.py") from None
+    @functools.cached_property
     def rows(self) -> np.ndarray:  # uint16 (rows, T+1)
         return np.fromfile(self.validation, "<u2").reshape(-1, MAX_SEQ_LEN + 1)
     def verify(self) -> None:
@@ -413,6 +409,7 @@ class Prepared:
         for path in (self.tokenizer, self.validation, *self.tokens):
             if not path.exists() or file_hash(path) != self.files[path][1]:
                 raise PrepareError(f"{path}: altered, not as in the manifest; delete it and run prepare.py again")
+        self.rows.setflags(write=False)  # they are read now: until the evaluation, a prepare.py may replace the file
     def fingerprint(self, device: torch.device) -> str:
         """Two scores may be compared only if this is equal."""
         data = [self.files[path][1] for path in (self.validation, self.tokenizer)]
@@ -420,7 +417,6 @@ class Prepared:
 
 def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -520,7 +516,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     if experiment := _experiment:
         experiment.stop_clock()
     device = next((p.device for p in getattr(model, "parameters", list)()), default_device())
-    rows = torch.from_numpy(Prepared.active().rows().astype(np.int64)).to(device)
+    rows = torch.from_numpy(Prepared.active().rows.astype(np.int64)).to(device)
     batch = min(batch_size, LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)  # probe needs two batches
     if training := getattr(model, "training", False):
         model.eval()
@@ -534,7 +530,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     if training:
         model.train()
     token_bytes = tokenizer.token_bytes.to(device)[rows[:, 1:]]
-    val_bpb = losses[token_bytes > 0].double().sum().item() / (math.log(2) * token_bytes.sum().item())
+    val_bpb = losses[token_bytes > 0].cpu().double().sum().item() / (math.log(2) * token_bytes.sum().item())
     if experiment:
         experiment.val_bpb, experiment.eval_seconds = val_bpb, time.perf_counter() - experiment.clock_stopped
     return val_bpb
@@ -620,6 +616,9 @@ def pooled_sigma(groups: Iterable[list[float]], default: float) -> float:
     freedom = len(squares) - sum(map(bool, groups))
     return math.sqrt(sum(squares) / freedom) if freedom else default
 
+def cause(error: Exception) -> str:
+    return (getattr(error, "stderr", b"") or str(error).encode()).decode("utf-8", "replace").split("\n")[0]
+
 def git(*command: str, input: bytes | None = None, env: dict | None = None) -> str:
     """What a git command prints, run in this folder; raises CalledProcessError."""
     options = {"input": input, "env": os.environ | (env or {}), "cwd": HERE, "check": True, "capture_output": True}
@@ -644,7 +643,6 @@ def read_results(set_aside: bool = False) -> list[dict[str, str]]:
 
 def results_text(rows: list[dict[str, str]]) -> str:
     return "".join("\t".join(fields) + "\n" for fields in (COLUMNS.split(), *(row.values() for row in rows)))
-
 def write_results(rows: list[dict[str, str]]) -> None:
     with published(RESULTS) as file:
         file.write(results_text(rows).encode())
@@ -667,7 +665,10 @@ class Notebook:
         self.lock = locked(folder, "run")  # one in a work tree
         for left_by_a_killed_run in folder / "index.lock", *HERE.glob(f"{RESULTS.name}.*.tmp"):
             left_by_a_killed_run.unlink(missing_ok=True)
-        self.code = git("hash-object", "-w", "--path", "train.py", "--stdin", input=(HERE / "train.py").read_bytes())
+        source, running = (HERE / "train.py").read_bytes(), [frame.f_code for frame, _ in traceback.walk_stack(None)]
+        if compile(source, "train.py", "exec", dont_inherit=True) not in running:
+            raise TrainError("train.py was edited while this run started, so it is not what runs; run it again")
+        self.code = git("hash-object", "-w", "--path", "train.py", "--stdin", input=source)
         self.is_baseline, self.fingerprint = self.code == self.incumbent, fingerprint
         self.description = description or ("baseline" if self.is_baseline else "-")
         self.rows = read_results(set_aside=True)
@@ -683,8 +684,7 @@ class Notebook:
             print(f"note: HEAD's train.py has no score, so this run cannot be judged; {self.remedy}")
         env, mode = {"GIT_INDEX_FILE": str(folder / "index")}, git("ls-tree", self.head, "train.py").split()[0]
         git("read-tree", self.head, env=env)
-        path = git("rev-parse", "--show-prefix") + "train.py"
-        git("update-index", "--cacheinfo", f"{mode},{self.code},{path}", env=env)
+        git("update-index", "--cacheinfo", f"{mode},{self.code},{git('rev-parse', '--show-prefix')}train.py", env=env)
         self.tree = git("write-tree", env=env)
         # this commit is the last word only if the run is killed
         commit = self.commit(f"val_bpb nan (killed): {self.description}\n\nThe run was ended from outside.")
@@ -794,8 +794,9 @@ class Experiment:
                 self.notebook = Notebook(self.description, self.fingerprint, seed)
                 self.seed = self.notebook.seed
             except (subprocess.CalledProcessError, FileNotFoundError) as error:
-                why = (getattr(error, "stderr", b"") or str(error).encode()).decode("utf-8", "replace").split("\n")[0]
-                print(f"note: the score is printed and not recorded: {why}")
+                print(f"note: the score is printed and not recorded: {cause(error)}")
+            except OSError as error:
+                raise TrainError(f"{error.filename}: {error.strerror}; make it writable, then run again") from None
         check_constants()
         torch.manual_seed(self.seed)
         self.data_check = ThreadPoolExecutor(1).submit(prepared.verify)
@@ -864,10 +865,9 @@ class Experiment:
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         if error is None and math.isnan(self.val_bpb):
             error = MetricError("the run ended without a score; call evaluate_bpb once, after the training")
-        lines, failure = [f"error: {error}"] if error else [], "crash" if error else ""
-        if isinstance(error, MetricError):
-            failure = "invalid"
-        elif isinstance(error, KeyboardInterrupt):
+        lines = [f"error: {error}"] if error else []
+        failure = "invalid" if isinstance(error, MetricError) else "crash" if error else ""
+        if isinstance(error, KeyboardInterrupt):
             lines, failure = ["error: interrupted, so there is no score; start the run again"], "killed"
         elif error and not isinstance(error, AutoresearchError):
             lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
@@ -898,9 +898,9 @@ class Experiment:
                 notebook.settle(status, subject, f"{self._lines()}\n\n{message}")
             except (OSError, subprocess.CalledProcessError) as error:
                 self.exit_code = 1
-                print(f"error: not recorded: {error}; the next run settles the row", file=sys.stderr, flush=True)
+                print(f"error: not recorded: {cause(error)}; the next run settles the row", file=sys.stderr, flush=True)
             else:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, subprocess.CalledProcessError):
                     print(reason, end="\n" * bool(reason))
                     notebook.print_next(status)
 
@@ -945,7 +945,6 @@ def report() -> None:
 def draw(rows: dict[int, dict], kept: dict[int, dict], levels: dict[int, float]) -> None:
     """Every run a dot, kept ones labelled, the running best a line; what lies outside the range sits on its edge."""
     from matplotlib.figure import Figure
-
     axes = (figure := Figure(figsize=(12, 6), layout="constrained")).subplots()
     runs = {i: float(row["val_bpb"]) for i, row in rows.items() if row["val_bpb"] != "nan"}
     lost, end = [i for i in rows if i not in runs], max(rows)

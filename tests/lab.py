@@ -152,8 +152,9 @@ def run_script(arguments: list[str]) -> None:
         import prepare
 
         prepare.TIME_BUDGET, prepare.PROBES = BUDGET, PROBES
-        prepare._CONSTANTS, rows = prepare.constants(), prepare.Prepared.rows
-        prepare.Prepared.rows = lambda prepared: rows(prepared)[:ROWS]
+        prepare._CONSTANTS, rows = prepare.constants(), prepare.Prepared.rows.func
+        prepare.Prepared.rows = functools.cached_property(lambda prepared: rows(prepared)[:ROWS])
+        prepare.Prepared.rows.__set_name__(prepare.Prepared, "rows")
         if grace := os.environ.get("RUN_GRACE"):  # for the watchdog alone, so that the fingerprint stays
             watch = prepare.Experiment._watch
             prepare.Experiment._watch = lambda run: (setattr(prepare, "GRACE", float(grace)), watch(run))

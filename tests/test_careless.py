@@ -256,3 +256,28 @@ def test_the_lock_of_a_git_that_was_killed_with_its_run_does_not_keep_the_next_o
     outcome = lab.run("again")
     assert outcome.status == "baseline", outcome.output
     assert len(lab.rows()) == 2 and files(lab) == before
+
+
+def test_a_run_whose_output_nobody_reads_is_settled(lab):
+    lab.sh("uv run train.py 'again' | true", check=False)
+    wait_for(lambda: lab.rows()[-1]["description"] == "again" and lab.rows()[-1]["status"] != "running", 20)
+    assert lab.rows()[-1]["status"] in ("crash", "baseline") and lab.rows()[-1]["commit"] in refs(lab)
+
+
+def test_a_train_py_that_is_edited_before_its_run_has_begun_is_not_taken_for_what_runs(lab):
+    """Python has compiled the old text, and imports torch for seconds before the run reads the new one."""
+    edit = 'file = Path("train.py"); file.write_text(file.read_text().replace("LR = 0.05", "LR = 0.06"))'
+    lab.edit(("from pathlib import Path\n", f"from pathlib import Path\n\n{edit}\n"))
+    outcome = lab.run("an idea")
+    assert outcome.code == 1 and "error: train.py was edited while this run started" in outcome.errors
+    assert "LR = 0.06" in lab.train.read_text() and len(lab.rows()) == 1
+    assert lab.run("an idea").status in ("discard", "maybe"), "now it runs as it stands there"
+
+
+def test_the_rows_that_are_scored_are_those_that_were_checked(lab, tmp_path):
+    """Another prepare.py may replace the file during a run."""
+    cache = Path(shutil.copytree(os.environ["AUTORESEARCH_CACHE"], tmp_path / "cache"))
+    find = "next(Path(os.environ['AUTORESEARCH_CACHE']).rglob('validation.bin'))"
+    replaced = f"        {find}.write_bytes(bytes(10**5))\n"
+    lab.env["AUTORESEARCH_CACHE"] = str(cache)
+    careless(lab, (LAST, replaced + LAST), "discard", "")

@@ -70,7 +70,7 @@ def rows_and_lengths() -> tuple[np.ndarray, np.ndarray]:
     for line in prepared.tokenizer.read_text().splitlines():
         token, rank = line.split()
         lengths[int(rank)] = len(base64.b64decode(token))
-    return prepared.rows().astype(int), lengths
+    return prepared.rows.astype(int), lengths
 
 
 # -- the number --------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_bpb_equals_numpy_for_any_rows_and_batch_size(tokenizer, count, batch_si
     bytes_of_targets = lengths[rows[:, 1:]]
     expected = nats[bytes_of_targets > 0].sum() / math.log(2) / bytes_of_targets.sum()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare.Prepared, "rows", lambda self: rows)
+        patch.setattr(prepare.Prepared.active(), "rows", rows)
         found = evaluate_bpb(lambda inputs: bias.expand(*inputs.shape, V).clone(), tokenizer, batch_size)
     assert found == pytest.approx(expected, abs=1e-6)
 
@@ -399,7 +399,7 @@ def test_a_model_that_counts_what_it_meets_but_does_not_use_it_passes(tokenizer)
 
 
 def nan_in_the_last_rows(inputs):
-    last = torch.from_numpy(prepare.Prepared.active().rows()[-1, :T].astype(np.int64))
+    last = torch.from_numpy(prepare.Prepared.active().rows[-1, :T].astype(np.int64))
     logits = uniform(inputs)
     logits[(inputs == last).all(1), 200, 5] = math.nan
     return logits

@@ -171,7 +171,7 @@ def test_norm_equals_rms_norm():
 
 def test_relu2_equals_the_square_of_relu():
     x = torch.randn(5, 33, requires_grad=True)
-    want, got = F.relu(x).square(), train.ReLU2.apply(x)
+    want, got = F.relu(x).square(), train.relu2(x)
     assert got.equal(want)
     direction = torch.randn_like(x)
     (want_grad,), (got_grad,) = (torch.autograd.grad(y, x, direction) for y in (want, got))
@@ -562,7 +562,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def small_main(monkeypatch, capsys, seed: int, seconds_per_step: float = 40.0) -> dict[str, str]:
+def small_main(monkeypatch, capsys, seed: int, seconds_per_step: float = 40.0, **changes) -> dict[str, str]:
     """The summary of train.main() with a tiny model and a clock that moves when a step is done, and then only."""
     clock = SimpleNamespace(**vars(time), now=1000.0)
     clock.perf_counter = lambda: clock.now
@@ -573,6 +573,7 @@ def small_main(monkeypatch, capsys, seed: int, seconds_per_step: float = 40.0) -
         return accumulate_gradients(*args)
 
     config = replace(TINY, windows="SL", short_window=16, batch_tokens=4 * 256, micro_rows=4, eval_rows=32)
+    config = replace(config, **changes)
     monkeypatch.setattr(train, "SMALL", config)
     monkeypatch.setattr(train, "accumulate_gradients", accumulate_and_tick)
     monkeypatch.setattr(sys, "argv", ["train.py", "a", "tiny model"])
@@ -608,7 +609,7 @@ def test_two_thousand_steps_leave_memory_files_threads_and_processes_as_they_wer
     monkeypatch.chdir(tmp_path)
     before, seen, watch = resources(), [], train.Monitor.watch
     monkeypatch.setattr(train.Monitor, "watch", lambda *args: (seen.append(resources()), watch(*args)))
-    summary = small_main(monkeypatch, capsys, 7, seconds_per_step=300 / 2000)
+    summary = small_main(monkeypatch, capsys, 7, 300 / 2000, depth=1, batch_tokens=256, micro_rows=1)
     assert int(summary["num_steps"]) == len(seen) >= 1999
     memory, *counts = zip(*seen[200:], strict=True)
     assert np.median(memory[-200:]) - np.median(memory[:200]) < 4 * 1024
