@@ -793,10 +793,10 @@ class Experiment:
             try:
                 self.notebook = Notebook(self.description, self.fingerprint, seed)
                 self.seed = self.notebook.seed
-            except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            except (OSError, subprocess.CalledProcessError) as error:
+                if "HEAD:./train.py" not in getattr(error, "cmd", ()) and getattr(error, "filename", "") != "git":
+                    raise TrainError(f"the run cannot be recorded: {cause(error)}; mend that, then run again") from None
                 print(f"note: the score is printed and not recorded: {cause(error)}")
-            except OSError as error:
-                raise TrainError(f"{error.filename}: {error.strerror}; make it writable, then run again") from None
         check_constants()
         torch.manual_seed(self.seed)
         self.data_check = ThreadPoolExecutor(1).submit(prepared.verify)

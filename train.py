@@ -588,6 +588,9 @@ class Monitor:
         self.shown_s, self.shown_steps = now, steps
 
 def main() -> int:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     with Experiment(" ".join(sys.argv[1:])) as run:
         config = FULL if SCALE == "full" else SMALL
         device, dtype, compiled = run.device, compute_dtype(run.device), can_compile(run.device)

@@ -281,3 +281,17 @@ def test_the_rows_that_are_scored_are_those_that_were_checked(lab, tmp_path):
     replaced = f"        {find}.write_bytes(bytes(10**5))\n"
     lab.env["AUTORESEARCH_CACHE"] = str(cache)
     careless(lab, (LAST, replaced + LAST), "discard", "")
+
+
+@pytest.mark.parametrize("first", ["    with Experiment(", LOOP], ids=["at the start", "in the loop"])
+def test_a_full_disk_is_a_clear_error_and_what_was_recorded_stays(lab, first):
+    lab.edit((first, f"    import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n{first}"))
+    before = lab.state(), lab.rows()
+    outcome = lab.run("an idea")
+    assert outcome.code == 1 and "Traceback" not in outcome.errors
+    says = "error: not recorded: .*; the next run" if first == LOOP else "error: the run cannot be recorded: .*;"
+    assert re.search(says, outcome.errors), outcome.errors
+    assert lab.state() == before[0] and lab.rows()[:1] == before[1]
+    lab.train.write_text(TRAIN)
+    assert lab.run("next").status == "baseline"
+    assert [row["status"] for row in lab.rows()] == ["keep", *["killed"] * (first == LOOP), "baseline"]
