@@ -400,7 +400,7 @@ class Prepared:
         try:
             return cls.read(CACHE / (CACHE / f"active-{SCALE}").read_text())
         except FileNotFoundError:
-            raise PrepareError(f"no corpus is prepared for scale {SCALE} in {CACHE}; run: uv run prepare.py") from None
+            raise PrepareError(f"nothing is prepared for {SCALE} in {CACHE}; run: uv run prepare.py (--help)") from None
     @functools.cached_property
     def rows(self) -> np.ndarray:  # uint16 (rows, T+1)
         return np.fromfile(self.validation, "<u2").reshape(-1, MAX_SEQ_LEN + 1)
@@ -428,7 +428,7 @@ def prepare(data: str, num_shards: int | None, download_workers: int) -> None:
     sources = {"climbmix": None, "tinystories": tinystories, "python": python}
     name, state = data, 10 if num_shards is None else num_shards
     if data != "climbmix" and num_shards is not None:
-        raise PrepareError(f"--num-shards is for climbmix, not for {data}; leave it out")
+        raise PrepareError(f"--num-shards is for climbmix, not for {data}; leave it out, or add --data climbmix")
     for option, value, most in ("num-shards", state, CLIMBMIX_SHARDS), ("download-workers", download_workers, 100):
         if not 1 <= value <= most:
             raise PrepareError(f"--{option} is {value}, not 1 to {most}; choose one of these")
@@ -730,7 +730,7 @@ class Notebook:
         if self.remedy:
             return "unjudged", f"{score} (unjudged)", "HEAD's train.py has no score to compare with"
         if self.is_baseline:
-            reason = f"this is HEAD's train.py, mean {sum(mine) / len(mine):.6f} of {len(mine)}"
+            reason = f"this is HEAD's train.py, mean {sum(mine) / len(mine):.6f} of {len(mine)} run(s)"
             return "baseline" if self.code[:12] in self.done else "keep", score, reason
         if not theirs:
             return "keep", f"{score} (first score)", "HEAD's train.py never had a score"

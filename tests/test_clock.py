@@ -313,7 +313,7 @@ ANNOUNCE_STEPS = "for step, _ in run.steps(): print('step', step, flush=True)"
 def test_training_before_prepare_is_an_error(forks, tmp_path):
     result = experiment(forks, ANNOUNCE_STEPS, tmp_path / "empty")
     assert (result.returncode, result.stdout) == (1, "")
-    assert "no corpus is prepared" in (line := only_line(result.stderr)) and "run: uv run prepare.py" in line
+    assert "nothing is prepared" in (line := only_line(result.stderr)) and "run: uv run prepare.py" in line
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "validation rows", "token file"])
