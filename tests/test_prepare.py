@@ -493,7 +493,7 @@ def test_token_files_hold_every_document_whole_behind_a_bos_of_its_own(mixed):
 
 def test_validation_rows_are_full_rows_of_the_validation_split_and_their_bytes_are_stated(mixed):
     prepared = active(mixed[1])
-    tokenizer, rows = prepare.Tokenizer.from_directory(prepared.folder), prepared.rows()
+    tokenizer, rows = prepare.Tokenizer.from_directory(prepared.folder), prepared.rows
     bos = tokenizer.get_bos_token_id()
     assert rows.shape[1] == prepare.MAX_SEQ_LEN + 1 and (rows[:, 0] == bos).all()
     assert prepare.MIN_VALIDATION_ROWS <= len(rows) <= prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN
