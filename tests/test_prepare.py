@@ -48,11 +48,11 @@ HTTPAdapter.send = impatient
 """
 AFTER_NEXT_NEW_FILE = """
 import os, resource, signal
-replace = os.replace
+replace, once = os.replace, iter([True])  # two threads may finish together
 def replace_and_then(source, target):
     new = not os.path.exists(target) and "active" not in str(target)
     replace(source, target)
-    if new:
+    if new and next(once, False):
         {}
 os.replace = replace_and_then
 """
