@@ -6,6 +6,7 @@ It reads in the order of a run: config, model, optimizer, schedules, warm-up, lo
 prepare.py. Shapes: B rows, T tokens, D model width, N heads, K key-value heads, H head width, V vocabulary, L layers.
 """
 
+import ctypes
 import functools
 import gc
 import itertools
@@ -48,16 +49,17 @@ class Config:
     short_window: int = 256  # tokens before itself that a token sees in a short layer; branch
     rotary_base: float = 200_000.0  # slowest rotation in tokens, over 2 pi; branch
     mlp_ratio: int = 4  # hidden width of the MLP, over D
+    bigram_ratio: int = 4  # rows for hashed token pairs, over V; 1.137 to 1.122 with SMALL; not measured at full scale
     value_every: int = 2  # layers to a layer with value embeddings; branch
     gate_channels: int = 32  # of a layer's input that open and close its value embeddings
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
     init_scale: float = 0.68  # of the matrices that read the residual stream, over 1 / sqrt(D); branch
-    x0_init: float = 0.05  # how much of the token embedding every layer adds at first; branch
+    x0_init: float = 0.05  # how much of the embedding every layer adds at first; branch
     # batch
     batch_tokens: int = 2**18  # tokens of an optimizer step; branch
     micro_rows: int = 128  # rows of a forward pass, halved until they fit into memory; branch
     eval_rows: int = 32  # rows of a forward pass in the metric; it allows 2 GiB of float32 logits, which is 32 here
-    loss_chunk: int = 512  # positions whose logits are held at once on the CPU; 256 to 1024 were alike
+    loss_chunk: int = 512  # positions whose logits are held at once, except on CUDA; 256 to 1024 were alike
     # Muon, for the matrices of the blocks
     matrix_lr: float = 0.04  # spectral norm of a step; branch
     matrix_weight_decay: float = 0.2  # at the start; falls to 0; branch
@@ -65,7 +67,7 @@ class Config:
     muon_ramp_steps: int = 200  # branch
     muon_beta2: float = 0.95  # memory of NorMuon's second moment
     # AdamW, for all else; the learning rates of embeddings and head are meant for D = 768 and scale with D^-0.5
-    embedding_lr: float = 0.9  # of token and value embeddings; branch
+    embedding_lr: float = 0.9  # of token, pair and value embeddings; branch
     head_lr: float = 0.005  # branch
     x0_lr: float = 0.5  # of the x0 scalars; branch
     resid_lr: float = 0.005  # of the residual scalars, smaller because their effects multiply; branch
@@ -98,7 +100,7 @@ class Config:
         return self.batch_tokens // (rows * seq_len)
 
 FULL = Config()
-SMALL = replace(  # for T = 256 and two CPU cores; numbers are val_bpb on Python sources, means of two seeds
+SMALL = replace(  # for T = 256 and two CPU cores; numbers are val_bpb on Python sources when it was set, of two seeds
     FULL,
     depth=2,  # 1.149; 3 layers 1.156, 4 layers 1.181: fewer layers take more steps in the time
     n_embd=192,
@@ -108,7 +110,7 @@ SMALL = replace(  # for T = 256 and two CPU cores; numbers are val_bpb on Python
     value_every=1,  # 1.137; every second layer 1.149
     batch_tokens=2**13,  # 2^12 was no better
     micro_rows=32,
-    eval_rows=8,  # buffers above 32 MB are mapped anew each time
+    eval_rows=8,  # 16 MB of logits
     logit_softcap=0.0,  # 1.209, with it 1.225: it costs a tenth of a step
 )
 
@@ -162,7 +164,6 @@ def flex_attention(seq_len: int, windows: set[int], device: torch.device) -> Cal
         shared = q.size(2) != k.size(2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=masks[window], enable_gqa=shared).transpose(1, 2)
-
     return attend
 
 def flash_attention_3() -> Callable:
@@ -194,9 +195,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, seq_len: int, win
 
 # == 3. Model ==========================================================================================================
 class Norm(torch.autograd.Function):
-    """norm() without a compiler. Its backward pass and that of ReLU2 go over memory fewer times than those of autograd:
-    8 % more steps in five minutes on a CPU.
-    """
+    """norm() without a compiler. Its backward pass goes over memory less often; steps take 0.92 of the time."""
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.size(-1) ** -0.5
@@ -209,24 +208,9 @@ class Norm(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         return (grad - y * (grad * y).mean(-1, keepdim=True)).mul_(scale)
 
-class ReLU2(torch.autograd.Function):
-    """relu2() without a compiler."""
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x := x.relu())
-        return x * x
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad * x).mul_(2)
-
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm without gains, x / sqrt(mean(x^2))."""
     return F.rms_norm(x, x.shape[-1:]) if torch.compiler.is_compiling() else Norm.apply(x)
-
-def relu2(x: torch.Tensor) -> torch.Tensor:
-    """max(x, 0)^2"""
-    return F.relu(x).square() if torch.compiler.is_compiling() else ReLU2.apply(x)
 
 def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of position * base^(-2c/H) for the channel pairs c, float32 (T, 1, H/2)."""
@@ -266,39 +250,47 @@ class Attention(nn.Module):
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         return self.c_proj(self.attend(q, k, v, self.window).flatten(2))
 
+def shifted(x_BTD: torch.Tensor, by_D: torch.Tensor) -> torch.Tensor:
+    """With some of the token before: attention finds what followed an earlier occurrence in one layer, not in two."""
+    return torch.addcmul(x_BTD, by_D, F.pad(x_BTD, (0, 0, 1, -1)))
+
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int, window: int, vocab_size: int, attend: Callable):
         super().__init__()
         self.attn = Attention(config, layer, window, vocab_size, attend)
-        self.shift = nn.Parameter(torch.zeros(config.n_embd))
+        self.shift = nn.Parameter(torch.zeros(2, config.n_embd))
         self.c_fc = Linear(config.n_embd, config.mlp_ratio * config.n_embd)
         self.c_proj = Linear(config.mlp_ratio * config.n_embd, config.n_embd)
     def forward(self, x: torch.Tensor, idx: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        h = norm(x)
-        # some of the token before: attention finds what followed an earlier occurrence with one layer instead of two
-        h = h + self.shift.to(h.dtype) * F.pad(h, (0, 0, 1, -1))
-        x = x + self.attn(h, idx, cos, sin)
-        return x + self.c_proj(relu2(self.c_fc(norm(x))))
+        to_attn, to_mlp = self.shift.to(x.dtype)
+        x = x + self.attn(shifted(norm(x), to_attn), idx, cos, sin)
+        return x + self.c_proj(F.relu(self.c_fc(shifted(norm(x), to_mlp))).square())
+
+def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Within +- cap, if that is not 0."""
+    return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits(x, weight) in chunks of `size` positions, each with its gradients, for the CPU: the
-    logits stay in its cache, and head and loss take 126 instead of 318 ms (D = 192, 8,192 tokens).
-    """
+    """Mean cross-entropy of x @ weight.T and its gradients, `size` positions at a time, so that they fit in cache."""
     @staticmethod
-    def forward(ctx, x_MD: torch.Tensor, weight_VD: torch.Tensor, targets_M: torch.Tensor, logits: Callable, size: int):
-        weight = weight_VD.detach().to(x_MD.dtype).requires_grad_()
+    def forward(ctx, x_MD: torch.Tensor, weight_VD: torch.Tensor, targets_M: torch.Tensor, cap: float, size: int):
+        weight, targets_M1 = weight_VD.to(x_MD.dtype), targets_M.unsqueeze(1)
         loss, dx, dw = 0.0, torch.empty_like(x_MD), torch.zeros_like(weight_VD)
-        for x, targets, dx_chunk in zip(*(t.split(size) for t in (x_MD, targets_M, dx)), strict=True):
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                chunk = F.cross_entropy(logits(x, weight), targets, reduction="sum") / len(targets_M)
-            dx_chunk[:], dw_chunk = torch.autograd.grad(chunk, (x, weight))
-            loss, dw = loss + chunk.detach(), dw.add_(dw_chunk)
+        for x, targets, dx_chunk in zip(*(t.split(size) for t in (x_MD, targets_M1, dx)), strict=True):
+            logits = softcap(x @ weight.mT, cap)
+            p = logits.softmax(dim=-1, dtype=torch.float32)
+            p_target = p.gather(1, targets)
+            loss = loss - p_target.clamp_min(1e-45).log().sum()  # 103 nats at most
+            dlogits = p.scatter_(1, targets, p_target - 1)
+            dlogits = (dlogits.mul_(1 - (logits / cap).square()) if cap else dlogits).to(x.dtype)
+            dx_chunk[:] = dlogits @ weight
+            dw += dlogits.mT @ x
         ctx.save_for_backward(dx, dw)
-        return loss
+        return loss / len(targets_M)
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         dx, dw = ctx.saved_tensors
+        grad = grad / len(dx)
         return dx * grad.to(dx.dtype), dw * grad, None, None, None
 
 class GPT(nn.Module):
@@ -307,6 +299,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.seq_len = config, dtype, seq_len
         self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.bigram = nn.Embedding(config.bigram_ratio * vocab_size, config.n_embd)
         windows = enumerate(config.layer_windows(seq_len))
         self.blocks = nn.ModuleList(Block(config, i, window, vocab_size, attend) for i, window in windows)
         self.resid_lambdas = nn.Parameter(torch.ones(config.depth))
@@ -321,6 +314,7 @@ class GPT(nn.Module):
         """What writes to the residual stream starts at 0, and the gates too: 2 * sigmoid(0) is 1."""
         s = math.sqrt(3 / self.config.n_embd)  # U(-s, s) has a standard deviation of 1 / sqrt(D)
         nn.init.normal_(self.wte.weight)
+        nn.init.zeros_(self.bigram.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.blocks:
             for reader in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.c_fc):
@@ -330,21 +324,19 @@ class GPT(nn.Module):
             if block.attn.value_embed is not None:
                 nn.init.uniform_(block.attn.value_embed.weight, -s, s)
                 nn.init.zeros_(block.attn.value_gate.weight)
-    def logits(self, x: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-        logits, cap = F.linear(x, weight_VD.to(x.dtype)).float(), self.config.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
     def forward(self, idx_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V); with targets their mean cross-entropy, in nats."""
         cos, sin = self.cos[: idx_BT.size(1)], self.sin[: idx_BT.size(1)]
-        x = x0 = norm(self.wte(idx_BT).to(self.dtype))
+        pair_BT = (27191 * F.pad(idx_BT, (1, -1)) + 36313 * idx_BT) % self.bigram.num_embeddings
+        x = x0 = norm((self.wte(idx_BT) + self.bigram(pair_BT)).to(self.dtype))
         for i, block in enumerate(self.blocks):
             x = block(self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0, idx_BT, cos, sin)
-        x, weight = norm(x), self.lm_head.weight
-        if targets_BT is None:
-            return self.logits(x, weight)
-        if x.is_cuda:  # there the compiler fuses soft-cap and loss
-            return F.cross_entropy(self.logits(x, weight).flatten(0, 1), targets_BT.flatten())
-        return ChunkedLoss.apply(x.flatten(0, 1), weight, targets_BT.flatten(), self.logits, self.config.loss_chunk)
+        x, cap = norm(x), self.config.logit_softcap
+        if targets_BT is not None and not x.is_cuda:  # on CUDA the compiler fuses soft-cap and loss
+            x_MD, targets_M = x.flatten(0, 1), targets_BT.flatten()
+            return ChunkedLoss.apply(x_MD, self.lm_head.weight, targets_M, cap, self.config.loss_chunk)
+        logits = softcap(self.lm_head(x), cap).float()
+        return logits if targets_BT is None else F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
     def flops_per_token(self) -> int:
         """Forward and backward, as published: 6 for each entry of a matrix, 12 N H for each token of a window."""
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
@@ -450,9 +442,10 @@ def matrix_stacks(model: GPT) -> list[list[nn.Parameter]]:
 def adamw_groups(model: GPT, config: Config) -> list[tuple]:
     """(parameters, peak learning rate, weight decay, betas)"""
     by_width = (config.n_embd / 768) ** -0.5
+    embeddings = [model.wte.weight, model.bigram.weight]
     values = [block.attn.value_embed.weight for block in model.blocks if block.attn.value_embed is not None]
     return [
-        ([model.wte.weight], config.embedding_lr * by_width, config.embedding_weight_decay, config.adam_betas),
+        (embeddings, config.embedding_lr * by_width, config.embedding_weight_decay, config.adam_betas),
         (values, config.embedding_lr * by_width, config.value_weight_decay, config.adam_betas),
         ([model.lm_head.weight], config.head_lr * by_width, config.head_weight_decay, config.adam_betas),
         ([model.resid_lambdas], config.resid_lr, 0.0, config.adam_betas),
@@ -480,7 +473,7 @@ PEAK_TFLOPS = {  # dense bfloat16 by data sheet, for MFU; the first name that is
 }  # fmt: skip
 
 def can_compile(device: torch.device) -> bool:
-    """CUDA with Triton. On the CPU steps would take 0.8 of the time, but compiling 45 to 90 s at first and 9 to 20 s in
+    """CUDA with Triton. On the CPU steps of SMALL would take 0.9 of the time, but compiling 90 s at first and 27 s in
     later runs: more than start and evaluation may take.
     """
     if device.type != "cuda":
@@ -498,6 +491,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large buffers for the next step, 28,000 page faults less in each step of SMALL."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older releases take 32 MB at most
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 # == 7. Warm-up ========================================================================================================
 def accumulate_gradients(model: nn.Module, batches: Iterator, micro_batches: int) -> tuple[torch.Tensor, int]:
@@ -594,6 +593,7 @@ def main() -> int:
     with Experiment(" ".join(sys.argv[1:])) as run:
         config = FULL if SCALE == "full" else SMALL
         device, dtype, compiled = run.device, compute_dtype(run.device), can_compile(run.device)
+        keep_freed_memory()
         tokenizer = Tokenizer.from_directory()
         attend = choose_attention(device, dtype, MAX_SEQ_LEN, set(config.layer_windows(MAX_SEQ_LEN)))
         with device:
