@@ -354,8 +354,8 @@ def adamw_update(param, grad, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, ep
     param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
-    param.sub_(exp_avg / root * (lr / (1 - beta1**step)))
+    root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    param.addcdiv_(exp_avg * (lr / (beta1**step - 1)), root)
 
 POLAR_EXPRESS = (  # (a, b, c) of x <- a x + (b A + c A^2) x with A = x x^T, a row for each step; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),

@@ -186,6 +186,7 @@ def back_ends(device: torch.device, windows: set[int]) -> dict[str, Callable]:
 def training_step(config: train.Config, device: torch.device, attend: Callable) -> tuple[Callable, int]:
     """A warmed-up function that takes one optimizer step on random tokens, and its FLOPs: train.main's wiring."""
     dtype, compiled = train.compute_dtype(device), train.can_compile(device)
+    train.keep_freed_memory()
     with device:
         model = train.GPT(config, prepare.VOCAB_SIZE, prepare.MAX_SEQ_LEN, attend, dtype)
     if compiled:
