@@ -21,18 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._triton import has_triton
 
-from prepare import (
-    MAX_SEQ_LEN,
-    SCALE,
-    TIME_BUDGET,
-    VOCAB_SIZE,
-    Experiment,
-    Tokenizer,
-    TrainError,
-    evaluate_bpb,
-    make_dataloader,
-)
+from prepare import MAX_SEQ_LEN, SCALE, TIME_BUDGET, Experiment, Tokenizer, TrainError, evaluate_bpb, make_dataloader
 
 # == 1. Config =========================================================================================================
 
@@ -49,7 +40,7 @@ class Config:
     short_window: int = 256  # tokens before itself that a token sees in a short layer; branch
     rotary_base: float = 200_000.0  # slowest rotation in tokens, over 2 pi; branch
     mlp_ratio: int = 4  # hidden width of the MLP, over D
-    bigram_ratio: int = 16  # rows for hashed token pairs, over V; SMALL: 1.095, with 8 1.100, with 4 1.107
+    ngram_ratio: int = 16  # rows for hashed pairs and triples of tokens, over V
     value_every: int = 2  # layers to a layer with value embeddings; branch
     gate_channels: int = 32  # of a layer's input that open and close its value embeddings
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
@@ -66,8 +57,11 @@ class Config:
     muon_momentum: tuple[float, float] = (0.85, 0.95)  # at the first step, and after the ramp
     muon_ramp_steps: int = 200  # branch
     muon_beta2: float = 0.95  # memory of NorMuon's second moment
-    # AdamW, for all else; the learning rates of embeddings and head are meant for D = 768 and scale with D^-0.5
-    embedding_lr: float = 0.9  # of token, pair and value embeddings; branch
+    # RMSProp, for the rows of n-grams
+    ngram_lr: float = 0.9
+    ngram_beta2: float = 0.95
+    # AdamW, for all else
+    embedding_lr: float = 0.9  # branch
     head_lr: float = 0.005  # branch
     x0_lr: float = 0.5  # of the x0 scalars; branch
     resid_lr: float = 0.005  # of the residual scalars, smaller because their effects multiply; branch
@@ -88,6 +82,9 @@ class Config:
             raise ValueError(f"n_embd is {self.n_embd}, not a multiple of {heads}")
         if not self.windows or set(self.windows) - {"S", "L"}:
             raise ValueError(f"windows is {self.windows!r}; write an S or an L for each layer, such as SSSL")
+    def by_width(self, lr: float) -> float:
+        """The learning rates of embeddings and head are meant for D = 768."""
+        return lr * (self.n_embd / 768) ** -0.5
     def layer_windows(self, seq_len: int) -> list[int]:
         """The window of each layer, in tokens; the last layer sees the whole row."""
         letters = [self.windows[i % len(self.windows)] for i in range(self.depth - 1)] + ["L"]
@@ -103,10 +100,11 @@ FULL = Config()
 SMALL = replace(  # for T = 256 and two CPU cores; numbers are val_bpb on Python sources when it was set, of two seeds
     FULL,
     depth=2,  # 1.149; 3 layers 1.156, 4 layers 1.181: fewer layers take more steps in the time
-    n_embd=192,  # 128 was worse by 0.015
+    n_embd=128,  # 1.035; 192 1.040
     head_dim=64,
     windows="SL",
     short_window=64,
+    ngram_ratio=512,  # 0.998; 128 1.020, 64 1.035: fewer n-grams share a row
     value_every=1,  # 1.137; every second layer 1.149
     batch_tokens=2**13,  # 2^12 was no better
     micro_rows=32,
@@ -132,9 +130,7 @@ def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     return y.transpose(1, 2)
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Plain matrix products, for the CPU; under a short window, blocks of tokens see themselves and the block before. A
-    step of a model of four layers took 720 ms with it and 796 ms with scaled_dot_product_attention in the same blocks.
-    """
+    """Matrix products by blocks of tokens, which see themselves and the one before; 1.1x sdpa_attention on a CPU."""
     (B, T, N, H), block = q.shape, max(window, 16)
     blocks, before = (1, 0) if 2 * block >= T else (-(-T // block), block)
     block = T if blocks == 1 else block
@@ -269,6 +265,14 @@ def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
     """Within +- cap, if that is not 0."""
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
+def followed(idx_BT: torch.Tensor, keys_BT: torch.Tensor) -> torch.Tensor:
+    """The token after the last earlier occurrence of each key in its row; the row's first token, if there is none."""
+    order_BT = keys_BT.argsort(dim=1, stable=True)
+    keys_BT = keys_BT.gather(1, order_BT)
+    again_BT = F.pad(keys_BT[:, 1:] == keys_BT[:, :-1], (1, 0))
+    last_BT = torch.empty_like(order_BT).scatter_(1, order_BT, torch.where(again_BT, order_BT.roll(1, 1), -1))
+    return idx_BT.gather(1, last_BT + 1)
+
 class ChunkedLoss(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T and its gradients, `size` positions at a time, so that they fit in cache."""
     @staticmethod
@@ -298,7 +302,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.seq_len = config, dtype, seq_len
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.bigram = nn.Embedding(config.bigram_ratio * vocab_size, config.n_embd)
+        self.ngrams = nn.Embedding(config.ngram_ratio * vocab_size, config.n_embd)
+        self.ngrams.sparse = self.ngrams.weight.is_cpu  # gradients of the rows that a batch touches, not of all
+        self.follower = nn.Embedding(vocab_size, config.n_embd)
         windows = enumerate(config.layer_windows(seq_len))
         self.blocks = nn.ModuleList(Block(config, i, window, vocab_size, attend) for i, window in windows)
         self.resid_lambdas = nn.Parameter(torch.ones(config.depth))
@@ -313,7 +319,8 @@ class GPT(nn.Module):
         """What writes to the residual stream starts at 0, and the gates too: 2 * sigmoid(0) is 1."""
         s = math.sqrt(3 / self.config.n_embd)  # U(-s, s) has a standard deviation of 1 / sqrt(D)
         nn.init.normal_(self.wte.weight)
-        nn.init.zeros_(self.bigram.weight)
+        nn.init.zeros_(self.ngrams.weight)
+        nn.init.zeros_(self.follower.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.blocks:
             for reader in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.c_fc):
@@ -326,9 +333,10 @@ class GPT(nn.Module):
     def forward(self, idx_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V); with targets their mean cross-entropy, in nats."""
         cos, sin = self.cos[: idx_BT.size(1)], self.sin[: idx_BT.size(1)]
-        # each token with the one before it; odd factors, so that the pairs of any token spread over the rows
-        pair_BT = (27191 * F.pad(idx_BT, (1, -1)) + 36313 * idx_BT) % self.bigram.num_embeddings
-        x = x0 = norm((self.wte(idx_BT) + self.bigram(pair_BT)).to(self.dtype))
+        pair_BT = 36313 * idx_BT + F.pad(idx_BT, (1, -1))  # the token and the one before it, as one number
+        ngrams_2BT = torch.stack((pair_BT, 36313 * pair_BT + F.pad(idx_BT, (2, -2)))) % self.ngrams.num_embeddings
+        x = self.wte(idx_BT) + self.ngrams(ngrams_2BT).sum(0) + self.follower(followed(idx_BT, pair_BT))
+        x = x0 = norm(x.to(self.dtype))
         for i, block in enumerate(self.blocks):
             x = block(self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0, idx_BT, cos, sin)
         x, cap = norm(x), self.config.logit_softcap
@@ -349,13 +357,18 @@ def scalars(**values: float) -> dict[str, torch.Tensor]:
     """0-D tensors on the CPU: a new learning rate must not recompile an update."""
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
 
-def adamw_update(param, grad, exp_avg, exp_avg_sq, *, step, lr, beta1, beta2, eps, weight_decay) -> None:
-    """AdamW, arXiv 1711.05101: what torch.optim.AdamW does."""
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    param.addcdiv_(exp_avg * (lr / (beta1**step - 1)), root)
+def rowwise_update(param, grad, second_moment, steps, *, lr, beta2) -> None:
+    """RMSProp with one second moment a row; rows without a gradient, in a sparse one not even visited, stay as is."""
+    rows = slice(None)
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        rows, grad = grad.indices()[0], grad.values()
+    mean = grad.square().mean(-1, keepdim=True)
+    touched = (mean > 0).float()
+    steps[rows] += touched
+    second_moment[rows] = moment = second_moment[rows].lerp(mean, (1 - beta2) * touched)
+    root = (moment / (1 - beta2 ** steps[rows].clamp_min(1))).sqrt().clamp_min(1e-20)
+    param[rows] -= grad * (lr / root)
 
 POLAR_EXPRESS = (  # (a, b, c) of x <- a x + (b A + c A^2) x with A = x x^T, a row for each step; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -387,9 +400,7 @@ def neuron_means(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.mean(-1 if matrices.size(-2) >= matrices.size(-1) else -2, keepdim=True)
 
 def muon_update(params, grads, momentum_buffer, second_moment, *, lr, momentum, beta2, weight_decay, dtype) -> None:
-    """Muon for a stack (matrices, R, C): Nesterov momentum, orthogonalised in `dtype`, then NorMuon, and weight decay
-    only where it pulls the way of the update (cautious, arXiv 2510.12402).
-    """
+    """Muon for a stack (matrices, R, C), in `dtype`; weight decay only where the update agrees (arXiv 2510.12402)."""
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momentum_buffer, momentum), dtype).float()
     update = normalize_neurons(update, second_moment, beta2)
@@ -397,24 +408,25 @@ def muon_update(params, grads, momentum_buffer, second_moment, *, lr, momentum, 
     params.sub_(lr * (update + weight_decay * params * (update * params > 0)))
 
 class MuonAdamW:
-    """Muon for the matrices of the blocks, in stacks of one shape, and AdamW for all other parameters."""
+    """Muon for the matrices of the blocks, stacked by shape, RMSProp by rows for the n-grams, AdamW for all else."""
     def __init__(self, model: GPT, config: Config, dtype: torch.dtype, compiled: bool):
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.ngrams = config, dtype, model.ngrams.weight
         self.stacks, self.groups = matrix_stacks(model), adamw_groups(model, config)
-        covered = set().union(*self.stacks, *(group[0] for group in self.groups))
+        covered = {self.ngrams}.union(*self.stacks, *(group[0] for group in self.groups))
         if forgotten := [name for name, param in model.named_parameters() if param not in covered]:
             raise ValueError(f"no learning rate for {', '.join(forgotten)}; add a group in adamw_groups")
         wire = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda update: update
-        self.adamw_update, self.muon_update = wire(adamw_update), wire(muon_update)
+        self.muon_update, self.rowwise_update = wire(muon_update), wire(rowwise_update)
         self.numbers = scalars if compiled else dict
         self.reset()
     def reset(self) -> None:
         """Forget all steps."""
-        self.steps, self.state = 0, defaultdict(list)
+        self.state = defaultdict(list)
+        groups = [dict(zip(("params", "lr", "weight_decay", "betas"), group, strict=True)) for group in self.groups]
+        self.adamw = torch.optim.AdamW(groups, eps=self.config.adam_eps, fused=True)
     @torch.no_grad()
     def step(self, lr_frac: float, momentum: float, matrix_weight_decay: float) -> None:
         """One step at `lr_frac` of the peak learning rates."""
-        self.steps += 1
         numbers = {"lr": lr_frac * self.config.matrix_lr, "momentum": momentum, "beta2": self.config.muon_beta2}
         numbers = self.numbers(**numbers, weight_decay=matrix_weight_decay)
         for params in self.stacks:
@@ -423,13 +435,13 @@ class MuonAdamW:
                 state += [torch.zeros_like(stack), torch.zeros_like(neuron_means(stack))]
             self.muon_update(stack, grads, *state, dtype=self.dtype, **numbers)
             torch._foreach_copy_(params, list(stack))
-        for params, peak_lr, weight_decay, (beta1, beta2) in self.groups:
-            numbers = {"step": self.steps, "lr": lr_frac * peak_lr, "beta1": beta1, "beta2": beta2}
-            numbers = self.numbers(**numbers, eps=self.config.adam_eps, weight_decay=weight_decay)
-            for param in params:
-                if not (state := self.state[param]):
-                    state += [torch.zeros_like(param), torch.zeros_like(param)]
-                self.adamw_update(param, param.grad, *state, **numbers)
+        if not (state := self.state[self.ngrams]):
+            state += [self.ngrams.new_zeros(len(self.ngrams), 1) for _ in range(2)]
+        numbers = self.numbers(lr=lr_frac * self.config.by_width(self.config.ngram_lr), beta2=self.config.ngram_beta2)
+        self.rowwise_update(self.ngrams, self.ngrams.grad, *state, **numbers)
+        for group, (_, peak_lr, *_) in zip(self.adamw.param_groups, self.groups, strict=True):
+            group["lr"] = lr_frac * peak_lr
+        self.adamw.step()
 
 def matrix_stacks(model: GPT) -> list[list[nn.Parameter]]:
     """The matrices of the blocks, those of one shape together."""
@@ -441,13 +453,13 @@ def matrix_stacks(model: GPT) -> list[list[nn.Parameter]]:
 
 def adamw_groups(model: GPT, config: Config) -> list[tuple]:
     """(parameters, peak learning rate, weight decay, betas)"""
-    by_width = (config.n_embd / 768) ** -0.5
-    embeddings = [model.wte.weight, model.bigram.weight]
+    embedding_lr, head_lr = config.by_width(config.embedding_lr), config.by_width(config.head_lr)
+    embeddings = [model.wte.weight, model.follower.weight]
     values = [block.attn.value_embed.weight for block in model.blocks if block.attn.value_embed is not None]
     return [
-        (embeddings, config.embedding_lr * by_width, config.embedding_weight_decay, config.adam_betas),
-        (values, config.embedding_lr * by_width, config.value_weight_decay, config.adam_betas),
-        ([model.lm_head.weight], config.head_lr * by_width, config.head_weight_decay, config.adam_betas),
+        (embeddings, embedding_lr, config.embedding_weight_decay, config.adam_betas),
+        (values, embedding_lr, config.value_weight_decay, config.adam_betas),
+        ([model.lm_head.weight], head_lr, config.head_weight_decay, config.adam_betas),
         ([model.resid_lambdas], config.resid_lr, 0.0, config.adam_betas),
         ([model.x0_lambdas], config.x0_lr, 0.0, config.x0_betas),
         ([block.shift for block in model.blocks], config.shift_lr, 0.0, config.adam_betas),
@@ -473,19 +485,11 @@ PEAK_TFLOPS = {  # dense bfloat16 by data sheet, for MFU; the first name that is
 }  # fmt: skip
 
 def can_compile(device: torch.device) -> bool:
-    """CUDA with Triton. On the CPU steps of SMALL would take 0.9 of the time, but compiling 90 s at first and 27 s in
-    later runs: more than start and evaluation may take.
-    """
-    if device.type != "cuda":
-        return False
-    from torch.utils._triton import has_triton
-
-    return has_triton()
+    """CUDA with Triton. On the CPU steps of SMALL would take 0.9 of the time, but compiling 27 s, and 90 s at first."""
+    return device.type == "cuda" and has_triton()
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is faster. On CPUs that takes AMX (1.8x in training steps) or AVX512-BF16 (2.7x on an
-    EPYC). MPS stays in float32: causal attention in 16 bits leaked the future there.
-    """
+    """bfloat16 where it is faster: on CPUs with AMX or AVX512-BF16. On MPS causal attention in it leaked the future."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -510,9 +514,7 @@ def accumulate_gradients(model: nn.Module, batches: Iterator, micro_batches: int
     return total, epoch
 
 def warm_up(model: GPT, optimizer: MuonAdamW, rows: int) -> None:
-    """Two training steps and an evaluation on random tokens: they compile what there is to compile, and fill memory as
-    far as it will be. Weights, optimizer and random numbers end as they began.
-    """
+    """Two training steps and an evaluation on random tokens, which compile and allocate all there is; then undone."""
     config, device = model.config, model.wte.weight.device
     micro_batches = min(2, config.micro_batches(rows, model.seq_len))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -553,9 +555,7 @@ def fit_micro_batch(attempt: Callable[[int], None], rows: int) -> int:
 
 # == 8. Loop ===========================================================================================================
 class Monitor:
-    """Watches the loss and prints a line every 10 s. Losses are read two steps late, when the device is past them, so
-    that the host never waits.
-    """
+    """Watches the loss, two steps late so that the host never waits for the device, and prints a line every 10 s."""
     def __init__(self, device: torch.device, batch_tokens: int, batch_flops: int):
         self.on_cuda, self.batch_tokens, self.batch_flops = device.type == "cuda", batch_tokens, batch_flops
         name = torch.cuda.get_device_name(device) if self.on_cuda else ""
@@ -597,7 +597,7 @@ def main() -> int:
         tokenizer = Tokenizer.from_directory()
         attend = choose_attention(device, dtype, MAX_SEQ_LEN, set(config.layer_windows(MAX_SEQ_LEN)))
         with device:
-            model = GPT(config, VOCAB_SIZE, MAX_SEQ_LEN, attend, dtype)
+            model = GPT(config, tokenizer.get_vocab_size(), MAX_SEQ_LEN, attend, dtype)
         if compiled:
             torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
             model.compile(dynamic=False)

@@ -214,20 +214,53 @@ def test_the_token_shift_adds_the_token_before_channel_by_channel():
         torch.testing.assert_close(got, want)
 
 
-def test_the_pair_embedding_looks_up_a_token_with_the_one_before_it():
-    model, pairs = tiny_model(), []
-    model.bigram.register_forward_hook(lambda module, args, output: pairs.append(args[0]))
+def test_rows_for_a_token_with_the_one_and_the_two_before_it():
+    model, looked_up = tiny_model(replace(TINY, ngram_ratio=1024)), []
+    model.ngrams.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
     inputs, changed = torch.randint(V, (1, T)), T // 2
     other = inputs.clone()
     other[0, changed] = (other[0, changed] + 1) % V
     logits, _ = model(inputs), model(other)
-    assert (pairs[0] != pairs[1])[0].nonzero().flatten().tolist() == [changed, changed + 1]
-    assert len(pairs[0].unique()) > T / 2
-    with torch.no_grad():  # at first it adds nothing; what it adds goes to that pair alone, while blocks write nothing
-        assert model.bigram.weight.count_nonzero() == 0
-        model.bigram.weight[pairs[0][0, changed]] = torch.randn(TINY.n_embd)
+    pairs, triples = (looked_up[0] != looked_up[1])[:, 0]
+    assert pairs.nonzero().flatten().tolist() == [changed, changed + 1]
+    assert triples.nonzero().flatten().tolist() == [changed, changed + 1, changed + 2]
+    assert len(looked_up[0].unique()) > 1.5 * T
+    with torch.no_grad():  # at first they add nothing, then each to its own tokens, as long as the blocks write nothing
+        assert model.ngrams.weight.count_nonzero() == 0
+        model.ngrams.weight[looked_up[0][:, 0, changed]] = torch.randn(2, TINY.n_embd)
     moved = (model(inputs) != logits).any(dim=-1)
-    assert moved.equal(pairs[0] == pairs[0][0, changed])
+    assert moved.equal(torch.isin(looked_up[0], looked_up[0][:, 0, changed]).any(0))
+
+
+def test_equal_runs_of_tokens_have_equal_rows_and_few_others_do():
+    model = GPT(replace(TINY, ngram_ratio=1024), 2048, T, train.block_attention, torch.float32)
+    looked_up = []
+    model.ngrams.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
+    inputs = torch.randint(2048, (64, T))
+    model(inputs)
+    for rows, before in zip(looked_up[0], (1, 2), strict=True):
+        keys = [tuple(row[i - before : i + 1]) for row in inputs.tolist() for i in range(before, T)]
+        found = {}
+        for key, row in zip(keys, rows[:, before:].flatten().tolist(), strict=True):
+            assert found.setdefault(key, row) == row
+        assert len(set(found.values())) > 0.99 * len(found)  # 4,000 draws from two million rows
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=9), min_size=1, max_size=4))
+def test_followed_finds_the_token_after_the_last_earlier_occurrence(keys):
+    tokens = torch.arange(len(keys) * 9).view(-1, 9)
+    got = train.followed(tokens, torch.tensor(keys))
+    for row in range(len(keys)):
+        for i in range(9):
+            earlier = [j for j in range(i) if keys[row][j] == keys[row][i]]
+            assert got[row, i] == tokens[row, earlier[-1] + 1 if earlier else 0]
+
+
+def test_the_token_that_followed_the_same_pair_is_embedded():
+    model, seen = tiny_model(), []
+    model.follower.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model(torch.tensor([[0, 5, 7, 8, 9, 5, 7, 6, 5, 7]]))
+    assert seen[0].tolist() == [[0, 0, 0, 0, 0, 0, 8, 0, 0, 6]]
 
 
 def test_value_embeddings_sit_on_alternate_layers_with_the_gate_at_one():
@@ -293,19 +326,41 @@ def test_a_config_that_cannot_be_built_is_refused(bad):
 # == Optimizer ==
 
 
-def test_adamw_equals_torch():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_take_steps_of_rmsprop_when_they_have_a_gradient(sparse):
     torch.manual_seed(0)
-    param = torch.randn(7, 5)
-    twin = torch.nn.Parameter(param.clone())
-    reference = torch.optim.AdamW([twin], betas=(0.8, 0.95), eps=1e-8, weight_decay=0.1)
-    state = [torch.zeros_like(param), torch.zeros_like(param)]
-    for step in range(1, 8):
-        grad, lr = torch.randn_like(param), 0.1 / step
-        twin.grad, reference.param_groups[0]["lr"] = grad.clone(), lr
-        reference.step()
-        numbers = train.scalars(step=step, lr=lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1)
-        train.adamw_update(param, grad, *state, **numbers)
-        torch.testing.assert_close(param, twin.data, rtol=1e-5, atol=1e-6)
+    table = torch.zeros(6, 3, requires_grad=True)
+    state = [torch.zeros(6, 1), torch.zeros(6, 1)]
+    want, moments, steps = torch.zeros(6, 3), [0.0] * 6, [0] * 6
+    for batch in ([0, 2, 2, 5], [2, 0], [3, 3, 3], [2, 5]):
+        grads = torch.randn(len(batch), 3)
+        total = torch.zeros(6, 3).index_add_(0, torch.tensor(batch), grads)
+        for row in set(batch):
+            steps[row] += 1
+            moments[row] = 0.9 * moments[row] + 0.1 * total[row].square().mean().item()
+            want[row] -= 0.5 * total[row] / (moments[row] / (1 - 0.9 ** steps[row])) ** 0.5
+        (F.embedding(torch.tensor(batch), table, sparse=sparse) * grads).sum().backward()
+        assert table.grad.is_sparse == sparse
+        with torch.no_grad():
+            train.rowwise_update(table, table.grad, *state, **train.scalars(lr=0.5, beta2=0.9))
+        table.grad = None
+        torch.testing.assert_close(table.detach(), want)
+    assert table[[1, 4]].count_nonzero() == 0
+
+
+def test_a_sparse_and_a_dense_gradient_of_the_ngrams_make_equal_steps():
+    models = tiny_model(), tiny_model()
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].ngrams.sparse = False  # as on a GPU
+    optimizers = [MuonAdamW(model, TINY, torch.float32, compiled=False) for model in models]
+    for _ in range(3):
+        batch = list(itertools.islice(batches(8), 2))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            accumulate_gradients(model, iter(batch), 2)
+            optimizer.step(lr_frac=0.01, momentum=0.85, matrix_weight_decay=0.0)
+            model.zero_grad()
+    assert models[0].ngrams.sparse and models[0].ngrams.weight.count_nonzero() > 0
+    torch.testing.assert_close(models[0].ngrams.weight, models[1].ngrams.weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -380,7 +435,7 @@ def test_weight_decay_is_cautious():
 def test_every_parameter_is_in_one_group(config):
     model = tiny_model(config)
     optimizer = MuonAdamW(model, config, torch.float32, compiled=False)
-    grouped = list(itertools.chain(*optimizer.stacks, *(group[0] for group in optimizer.groups)))
+    grouped = [optimizer.ngrams, *itertools.chain(*optimizer.stacks, *(group[0] for group in optimizer.groups))]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     assert all(len({param.shape for param in stack}) == 1 for stack in optimizer.stacks)
 
@@ -402,7 +457,8 @@ def test_an_optimizer_step_moves_every_parameter_by_its_own_rate():
     assert all(moved.values()), moved
     by_width = (TINY.n_embd / 768) ** -0.5  # AdamW's first step is one learning rate for each entry
     assert moved["wte.weight"] == pytest.approx(0.5 * TINY.embedding_lr * by_width, rel=0.01)
-    assert moved["bigram.weight"] == pytest.approx(0.5 * TINY.embedding_lr * by_width, rel=0.01)
+    ngrams = (model.ngrams.weight - before["ngrams.weight"]).square().mean(-1).sqrt()
+    torch.testing.assert_close(ngrams[ngrams > 0], torch.full_like(ngrams[ngrams > 0], 0.5 * TINY.ngram_lr * by_width))
     assert moved["blocks.0.shift"] == pytest.approx(0.5 * TINY.shift_lr, rel=0.01)
     assert moved["lm_head.weight"] == pytest.approx(0.5 * TINY.head_lr * by_width, rel=0.01)
     assert moved["x0_lambdas"] == pytest.approx(0.5 * TINY.x0_lr, rel=0.01)
@@ -441,7 +497,7 @@ def test_accumulation_gives_the_same_gradients():
         loss, epoch = accumulate_gradients(model, parts, count)
         assert epoch == count - 1
         losses.append(loss)
-        gradients.append([param.grad.clone() for param in model.parameters()])
+        gradients.append([param.grad.to_dense().clone() for param in model.parameters()])
         model.zero_grad()
     assert max(grad.abs().max() for grad in gradients[0]) > 0.01
     for loss, grads in zip(losses[1:], gradients[1:], strict=True):
@@ -473,7 +529,7 @@ def test_warm_up_leaves_no_trace(monkeypatch):
     assert len(steps) == 2 and model.training
     assert torch.get_rng_state().equal(random_state)
     for m, optimizer in zip((model, twin), optimizers, strict=True):
-        assert not optimizer.state and optimizer.steps == 0
+        assert not optimizer.state and not optimizer.adamw.state
         assert all(param.grad is None for param in m.parameters())
         for _ in range(3):
             accumulate_gradients(m, batches(8), 1)
