@@ -40,7 +40,7 @@ class Config:
     short_window: int = 256  # tokens before itself that a token sees in a short layer; branch
     rotary_base: float = 200_000.0  # slowest rotation in tokens, over 2 pi; branch
     mlp_ratio: int = 4  # hidden width of the MLP, over D
-    ngram_ratio: int = 16  # rows for hashed pairs and triples of tokens, over V
+    ngram_ratio: int = 16  # rows for hashed pairs and triples of tokens, over V; not measured at full scale
     value_every: int = 2  # layers to a layer with value embeddings; branch
     gate_channels: int = 32  # of a layer's input that open and close its value embeddings
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
@@ -57,11 +57,11 @@ class Config:
     muon_momentum: tuple[float, float] = (0.85, 0.95)  # at the first step, and after the ramp
     muon_ramp_steps: int = 200  # branch
     muon_beta2: float = 0.95  # memory of NorMuon's second moment
-    # RMSProp, for the rows of n-grams
-    ngram_lr: float = 0.9
-    ngram_beta2: float = 0.95
+    # RMSProp by rows, for the n-grams; the learning rates of n-grams, embeddings and head are meant for D = 768
+    ngram_lr: float = 0.1  # where each row is met in every step, as in SMALL with a ratio of 2, 0.9 did harm
+    ngram_beta2: float = 0.95  # memory of a row's second moment, in steps that touch the row
     # AdamW, for all else
-    embedding_lr: float = 0.9  # branch
+    embedding_lr: float = 0.9  # of token, follower and value embeddings; branch
     head_lr: float = 0.005  # branch
     x0_lr: float = 0.5  # of the x0 scalars; branch
     resid_lr: float = 0.005  # of the residual scalars, smaller because their effects multiply; branch
@@ -83,7 +83,7 @@ class Config:
         if not self.windows or set(self.windows) - {"S", "L"}:
             raise ValueError(f"windows is {self.windows!r}; write an S or an L for each layer, such as SSSL")
     def by_width(self, lr: float) -> float:
-        """The learning rates of embeddings and head are meant for D = 768."""
+        """lr * (D / 768)^-0.5"""
         return lr * (self.n_embd / 768) ** -0.5
     def layer_windows(self, seq_len: int) -> list[int]:
         """The window of each layer, in tokens; the last layer sees the whole row."""
@@ -102,9 +102,9 @@ SMALL = replace(  # for T = 256 and two CPU cores; numbers are val_bpb on Python
     depth=2,  # 1.149; 3 layers 1.156, 4 layers 1.181: fewer layers take more steps in the time
     n_embd=128,  # 1.035; 192 1.040
     head_dim=64,
-    windows="SL",
     short_window=64,
-    ngram_ratio=512,  # 0.998; 128 1.020, 64 1.035: fewer n-grams share a row
+    ngram_ratio=512,  # 1.003; 128 1.020, 64 1.035; gradients are sparse on the CPU only: elsewhere it may cost too much
+    ngram_lr=0.9,  # most rows are met a few times in all
     value_every=1,  # 1.137; every second layer 1.149
     batch_tokens=2**13,  # 2^12 was no better
     micro_rows=32,
@@ -130,7 +130,7 @@ def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     return y.transpose(1, 2)
 
 def block_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Matrix products by blocks of tokens, which see themselves and the one before; 1.1x sdpa_attention on a CPU."""
+    """Matrix products by blocks of tokens, which see themselves and the one before; faster on the CPU."""
     (B, T, N, H), block = q.shape, max(window, 16)
     blocks, before = (1, 0) if 2 * block >= T else (-(-T // block), block)
     block = T if blocks == 1 else block
@@ -267,8 +267,9 @@ def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 def followed(idx_BT: torch.Tensor, keys_BT: torch.Tensor) -> torch.Tensor:
     """The token after the last earlier occurrence of each key in its row; the row's first token, if there is none."""
-    order_BT = keys_BT.argsort(dim=1, stable=True)
-    keys_BT = keys_BT.gather(1, order_BT)
+    T = keys_BT.size(1)
+    in_order_BT = (keys_BT * T + torch.arange(T, device=keys_BT.device)).sort(dim=1).values  # by key, then by place
+    keys_BT, order_BT = in_order_BT // T, in_order_BT % T
     again_BT = F.pad(keys_BT[:, 1:] == keys_BT[:, :-1], (1, 0))
     last_BT = torch.empty_like(order_BT).scatter_(1, order_BT, torch.where(again_BT, order_BT.roll(1, 1), -1))
     return idx_BT.gather(1, last_BT + 1)
@@ -302,8 +303,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.seq_len = config, dtype, seq_len
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.ngrams = nn.Embedding(config.ngram_ratio * vocab_size, config.n_embd)
-        self.ngrams.sparse = self.ngrams.weight.is_cpu  # gradients of the rows that a batch touches, not of all
+        rows, sparse = torch.zeros(config.ngram_ratio * vocab_size, config.n_embd), self.wte.weight.is_cpu
+        self.ngrams = nn.Embedding.from_pretrained(rows, freeze=False, sparse=sparse)  # sparse in its gradient
         self.follower = nn.Embedding(vocab_size, config.n_embd)
         windows = enumerate(config.layer_windows(seq_len))
         self.blocks = nn.ModuleList(Block(config, i, window, vocab_size, attend) for i, window in windows)
@@ -319,7 +320,6 @@ class GPT(nn.Module):
         """What writes to the residual stream starts at 0, and the gates too: 2 * sigmoid(0) is 1."""
         s = math.sqrt(3 / self.config.n_embd)  # U(-s, s) has a standard deviation of 1 / sqrt(D)
         nn.init.normal_(self.wte.weight)
-        nn.init.zeros_(self.ngrams.weight)
         nn.init.zeros_(self.follower.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.blocks:
@@ -333,8 +333,9 @@ class GPT(nn.Module):
     def forward(self, idx_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V); with targets their mean cross-entropy, in nats."""
         cos, sin = self.cos[: idx_BT.size(1)], self.sin[: idx_BT.size(1)]
-        pair_BT = 36313 * idx_BT + F.pad(idx_BT, (1, -1))  # the token and the one before it, as one number
-        ngrams_2BT = torch.stack((pair_BT, 36313 * pair_BT + F.pad(idx_BT, (2, -2)))) % self.ngrams.num_embeddings
+        base = 36313  # above V, so that equal numbers are equal n-grams, and odd, so that they spread over the rows
+        pair_BT = base * idx_BT + F.pad(idx_BT, (1, -1))
+        ngrams_2BT = torch.stack((pair_BT, base**2 * idx_BT + F.pad(pair_BT, (1, -1)))) % self.ngrams.num_embeddings
         x = self.wte(idx_BT) + self.ngrams(ngrams_2BT).sum(0) + self.follower(followed(idx_BT, pair_BT))
         x = x0 = norm(x.to(self.dtype))
         for i, block in enumerate(self.blocks):
@@ -351,14 +352,13 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * self.config.n_embd * sum(self.config.layer_windows(self.seq_len))
 
 # == 4. Optimizer ======================================================================================================
-# The updates are plain functions that change their first arguments in place.
-
+# The updates are plain functions that change parameters and state in place.
 def scalars(**values: float) -> dict[str, torch.Tensor]:
     """0-D tensors on the CPU: a new learning rate must not recompile an update."""
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
 
 def rowwise_update(param, grad, second_moment, steps, *, lr, beta2) -> None:
-    """RMSProp with one second moment a row; rows without a gradient, in a sparse one not even visited, stay as is."""
+    """RMSProp with a second moment and a count of steps for each row; rows without a gradient stay as they are."""
     rows = slice(None)
     if grad.is_sparse:
         grad = grad.coalesce()
@@ -366,9 +366,9 @@ def rowwise_update(param, grad, second_moment, steps, *, lr, beta2) -> None:
     mean = grad.square().mean(-1, keepdim=True)
     touched = (mean > 0).float()
     steps[rows] += touched
-    second_moment[rows] = moment = second_moment[rows].lerp(mean, (1 - beta2) * touched)
-    root = (moment / (1 - beta2 ** steps[rows].clamp_min(1))).sqrt().clamp_min(1e-20)
-    param[rows] -= grad * (lr / root)
+    second_moment[rows] = second_moment[rows].lerp(mean, (1 - beta2) * touched)
+    root = (second_moment[rows] / (1 - beta2 ** steps[rows].clamp_min(1))).sqrt()
+    param[rows] -= grad * (lr / root.clamp_min(1e-20))  # of an untouched row it is 0
 
 POLAR_EXPRESS = (  # (a, b, c) of x <- a x + (b A + c A^2) x with A = x x^T, a row for each step; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -412,7 +412,7 @@ class MuonAdamW:
     def __init__(self, model: GPT, config: Config, dtype: torch.dtype, compiled: bool):
         self.config, self.dtype, self.ngrams = config, dtype, model.ngrams.weight
         self.stacks, self.groups = matrix_stacks(model), adamw_groups(model, config)
-        covered = {self.ngrams}.union(*self.stacks, *(group[0] for group in self.groups))
+        covered = {self.ngrams}.union(*self.stacks, *(group["params"] for group in self.groups))
         if forgotten := [name for name, param in model.named_parameters() if param not in covered]:
             raise ValueError(f"no learning rate for {', '.join(forgotten)}; add a group in adamw_groups")
         wire = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda update: update
@@ -422,8 +422,7 @@ class MuonAdamW:
     def reset(self) -> None:
         """Forget all steps."""
         self.state = defaultdict(list)
-        groups = [dict(zip(("params", "lr", "weight_decay", "betas"), group, strict=True)) for group in self.groups]
-        self.adamw = torch.optim.AdamW(groups, eps=self.config.adam_eps, fused=True)
+        self.adamw = torch.optim.AdamW([dict(group) for group in self.groups], eps=self.config.adam_eps, fused=True)
     @torch.no_grad()
     def step(self, lr_frac: float, momentum: float, matrix_weight_decay: float) -> None:
         """One step at `lr_frac` of the peak learning rates."""
@@ -439,8 +438,8 @@ class MuonAdamW:
             state += [self.ngrams.new_zeros(len(self.ngrams), 1) for _ in range(2)]
         numbers = self.numbers(lr=lr_frac * self.config.by_width(self.config.ngram_lr), beta2=self.config.ngram_beta2)
         self.rowwise_update(self.ngrams, self.ngrams.grad, *state, **numbers)
-        for group, (_, peak_lr, *_) in zip(self.adamw.param_groups, self.groups, strict=True):
-            group["lr"] = lr_frac * peak_lr
+        for group in self.adamw.param_groups:
+            group["lr"] = lr_frac * group["peak_lr"]
         self.adamw.step()
 
 def matrix_stacks(model: GPT) -> list[list[nn.Parameter]]:
@@ -451,12 +450,12 @@ def matrix_stacks(model: GPT) -> list[list[nn.Parameter]]:
             stacks[module.weight.shape].append(module.weight)
     return list(stacks.values())
 
-def adamw_groups(model: GPT, config: Config) -> list[tuple]:
-    """(parameters, peak learning rate, weight decay, betas)"""
+def adamw_groups(model: GPT, config: Config) -> list[dict]:
+    """As torch.optim takes them, with the peak of the learning rate."""
     embedding_lr, head_lr = config.by_width(config.embedding_lr), config.by_width(config.head_lr)
     embeddings = [model.wte.weight, model.follower.weight]
     values = [block.attn.value_embed.weight for block in model.blocks if block.attn.value_embed is not None]
-    return [
+    groups = [
         (embeddings, embedding_lr, config.embedding_weight_decay, config.adam_betas),
         (values, embedding_lr, config.value_weight_decay, config.adam_betas),
         ([model.lm_head.weight], head_lr, config.head_weight_decay, config.adam_betas),
@@ -464,6 +463,7 @@ def adamw_groups(model: GPT, config: Config) -> list[tuple]:
         ([model.x0_lambdas], config.x0_lr, 0.0, config.x0_betas),
         ([block.shift for block in model.blocks], config.shift_lr, 0.0, config.adam_betas),
     ]
+    return [dict(zip(("params", "peak_lr", "weight_decay", "betas"), group, strict=True)) for group in groups]
 
 # == 5. Schedules ======================================================================================================
 def learning_rate_frac(progress: float, config: Config) -> float:

@@ -173,12 +173,13 @@ def test_norm_equals_rms_norm():
 @pytest.mark.parametrize("attend", [train.block_attention, train.sdpa_attention])
 def test_changing_the_future_does_not_move_the_past(config, attend):
     model = trained_a_little(tiny_model(config, attend))
-    idx = next(batches(3))[0]
+    idx = next(batches(3))[0] % 7  # pairs come again
+    assert len(train.followed(idx, V * idx + F.pad(idx, (1, -1)))[:, :7].unique()) > 2
     want = model(idx)
     for cut in (1, 7, T - 1):
         changed = idx.clone()
-        changed[:, cut:] = (changed[:, cut:] + 1) % V
-        changed[1] = (changed[1] + 5) % V
+        changed[:, cut:] = (changed[:, cut:] + 1) % 7
+        changed[1] = (changed[1] + 5) % 7
         got = model(changed)
         assert (got[[0, 2], :cut] - want[[0, 2], :cut]).abs().max() < 1e-4
         assert (got[0, cut:] - want[0, cut:]).abs().max() > 0.01
@@ -214,7 +215,14 @@ def test_the_token_shift_adds_the_token_before_channel_by_channel():
         torch.testing.assert_close(got, want)
 
 
-def test_rows_for_a_token_with_the_one_and_the_two_before_it():
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_a_short_row_has_the_logits_of_a_longer_one(length):
+    model = trained_a_little(tiny_model())
+    idx = next(batches(2))[0] % 7
+    torch.testing.assert_close(model(idx[:, :length]), model(idx)[:, :length], rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_with_the_one_and_with_the_two_before_it_has_a_row():
     model, looked_up = tiny_model(replace(TINY, ngram_ratio=1024)), []
     model.ngrams.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
     inputs, changed = torch.randint(V, (1, T)), T // 2
@@ -236,14 +244,14 @@ def test_equal_runs_of_tokens_have_equal_rows_and_few_others_do():
     model = GPT(replace(TINY, ngram_ratio=1024), 2048, T, train.block_attention, torch.float32)
     looked_up = []
     model.ngrams.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
-    inputs = torch.randint(2048, (64, T))
+    inputs = torch.randint(2048, (64, T), generator=torch.Generator().manual_seed(0))
     model(inputs)
     for rows, before in zip(looked_up[0], (1, 2), strict=True):
         keys = [tuple(row[i - before : i + 1]) for row in inputs.tolist() for i in range(before, T)]
         found = {}
         for key, row in zip(keys, rows[:, before:].flatten().tolist(), strict=True):
             assert found.setdefault(key, row) == row
-        assert len(set(found.values())) > 0.99 * len(found)  # 4,000 draws from two million rows
+        assert len(set(found.values())) > 0.995 * len(found)  # about 1,400 draws from two million rows
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=9), min_size=1, max_size=4))
@@ -297,7 +305,7 @@ def test_the_chunked_loss_equals_the_plain_one(cap, dtype):
     chunked = model(inputs, targets)
     torch.testing.assert_close(chunked, plain)
     for got, grad in zip(torch.autograd.grad(3 * chunked, list(model.parameters())), want, strict=True):
-        assert (got - grad).norm() <= (1e-5 if dtype == torch.float32 else 0.03) * grad.norm()
+        assert (got - grad).norm() <= (1e-5 if dtype == torch.float32 else 0.1) * grad.norm()
 
 
 def test_the_chunked_loss_tells_of_hopeless_logits():
@@ -354,7 +362,7 @@ def test_a_sparse_and_a_dense_gradient_of_the_ngrams_make_equal_steps():
     models[1].ngrams.sparse = False  # as on a GPU
     optimizers = [MuonAdamW(model, TINY, torch.float32, compiled=False) for model in models]
     for _ in range(3):
-        batch = list(itertools.islice(batches(8), 2))
+        batch = [next(batches(4, seed=0)), next(batches(4, seed=1))]
         for model, optimizer in zip(models, optimizers, strict=True):
             accumulate_gradients(model, iter(batch), 2)
             optimizer.step(lr_frac=0.01, momentum=0.85, matrix_weight_decay=0.0)
@@ -435,7 +443,7 @@ def test_weight_decay_is_cautious():
 def test_every_parameter_is_in_one_group(config):
     model = tiny_model(config)
     optimizer = MuonAdamW(model, config, torch.float32, compiled=False)
-    grouped = [optimizer.ngrams, *itertools.chain(*optimizer.stacks, *(group[0] for group in optimizer.groups))]
+    grouped = [optimizer.ngrams, *itertools.chain(*optimizer.stacks, *(group["params"] for group in optimizer.groups))]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     assert all(len({param.shape for param in stack}) == 1 for stack in optimizer.stacks)
 
@@ -463,6 +471,23 @@ def test_an_optimizer_step_moves_every_parameter_by_its_own_rate():
     assert moved["lm_head.weight"] == pytest.approx(0.5 * TINY.head_lr * by_width, rel=0.01)
     assert moved["x0_lambdas"] == pytest.approx(0.5 * TINY.x0_lr, rel=0.01)
     assert moved["resid_lambdas"] == pytest.approx(0.5 * TINY.resid_lr, rel=0.01)
+
+
+def test_adamw_has_the_weight_decays_and_betas_of_the_config():
+    model = tiny_model()
+    optimizer = MuonAdamW(model, TINY, torch.float32, compiled=False)
+    found = {param: group for group in optimizer.adamw.param_groups for param in group["params"]}
+    for param, weight_decay, betas in (
+        (model.wte.weight, TINY.embedding_weight_decay, TINY.adam_betas),
+        (model.follower.weight, TINY.embedding_weight_decay, TINY.adam_betas),
+        (model.blocks[-1].attn.value_embed.weight, TINY.value_weight_decay, TINY.adam_betas),
+        (model.lm_head.weight, TINY.head_weight_decay, TINY.adam_betas),
+        (model.x0_lambdas, 0.0, TINY.x0_betas),
+        (model.resid_lambdas, 0.0, TINY.adam_betas),
+        (model.blocks[0].shift, 0.0, TINY.adam_betas),
+    ):
+        group = found[param]
+        assert (group["weight_decay"], group["betas"], group["eps"]) == (weight_decay, betas, TINY.adam_eps)
 
 
 # == Schedules ==
@@ -540,6 +565,30 @@ def test_warm_up_leaves_no_trace(monkeypatch):
 
 
 @pytest.mark.slow
+def test_model_and_updates_compile_as_one_graph_and_do_the_same():
+    """As on CUDA: dense gradients, numbers as 0-D tensors."""
+    models = [trained_a_little(tiny_model(replace(TINY, windows="L"), train.sdpa_attention)) for _ in range(2)]
+    for model in models:
+        model.ngrams.sparse = False
+    optimizers = [MuonAdamW(model, TINY, torch.float32, compiled=False) for model in models]
+    one_graph = functools.partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)
+    optimizers[1].muon_update, optimizers[1].rowwise_update = map(one_graph, (train.muon_update, train.rowwise_update))
+    optimizers[1].numbers = train.scalars
+    for step in range(3):
+        inputs, targets, _ = next(batches(8, seed=step))
+        for model in (models[0], one_graph(models[1])):
+            F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        for (name, param), twin in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert (param.grad - twin.grad).norm() <= 1e-4 * param.grad.norm(), name
+            twin.grad = param.grad.clone()  # AdamW makes much of little
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.step(0.1, 0.9, 0.1)
+            model.zero_grad()
+        for (name, param), twin in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            assert (param - twin).norm() <= 1e-4 * param.norm(), name
+
+
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(monkeypatch):
     """Neither the first real batch nor a new learning rate nor the evaluation may compile while the clock runs."""
     compiled = CompileCounter()
@@ -547,11 +596,12 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch):
     plain_loss = SimpleNamespace(apply=lambda x, weight, y, cap, _: F.cross_entropy(softcap(x @ weight.mT, cap), y))
     monkeypatch.setattr(train, "ChunkedLoss", plain_loss)  # as on CUDA
     model = tiny_model(replace(TINY, windows="L"), train.sdpa_attention)
+    model.ngrams.sparse = False
     model.compile(backend=compiled, dynamic=False)
     optimizer = MuonAdamW(model, TINY, torch.float32, compiled=True)
     warm_up(model, optimizer, TINY.micro_rows)
     frames = compiled.frame_count
-    assert frames >= 2 + len(optimizer.stacks)
+    assert frames >= 3 + len(optimizer.stacks)
     for step in range(3):
         rows = torch.stack(next(batches(8, seed=step))[:2])
         accumulate_gradients(model, iter([(*rows, 1)]), 1)
