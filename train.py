@@ -83,7 +83,7 @@ class Config:
         if not self.windows or set(self.windows) - {"S", "L"}:
             raise ValueError(f"windows is {self.windows!r}; write an S or an L for each layer, such as SSSL")
     def by_width(self, lr: float) -> float:
-        """lr * (D / 768)^-0.5"""
+        """A wider model takes smaller steps: the rates are meant for D = 768."""
         return lr * (self.n_embd / 768) ** -0.5
     def layer_windows(self, seq_len: int) -> list[int]:
         """The window of each layer, in tokens; the last layer sees the whole row."""
