@@ -99,14 +99,14 @@ FULL = Config()
 SMALL = replace(  # for T = 256 and two CPU cores; val_bpb on Python sources when it was set, two seeds if kept
     FULL,
     depth=2,  # 1.149; 3 layers 1.156, 4 layers 1.181: fewer layers take more steps in the time; 1 was level
-    n_embd=128,  # 1.035; 192 1.040; later 0.988; 64 1.042
+    n_embd=128,  # 1.035, 192 1.040; with smaller MLPs 0.988, 64 1.042
     head_dim=64,
     short_window=64,
     mlp_ratio=1,  # 0.988; 2 0.994, 4 1.003, but the machine's speed changed; side by side 1.023, 4 1.028
     ngram_ratio=512,  # 1.003; 128 1.020, 64 1.035; gradients are sparse on the CPU only: elsewhere it may cost too much
     ngram_lr=0.9,  # most rows are met a few times in all
     value_every=1,  # 1.137; every second layer 1.149
-    batch_tokens=2**13,  # 1.003; 2^12 1.027; later 0.988; 2^14 0.988
+    batch_tokens=2**13,  # 1.003, 2^12 1.027; with smaller MLPs 0.988, 2^14 0.988
     micro_rows=32,
     eval_rows=8,  # 16 MB of logits; older glibc maps anew whatever is above 32
     logit_softcap=0.0,  # 1.209, with it 1.225: it costs a tenth of a step

@@ -28,8 +28,7 @@ from train import GPT, Config, Monitor, MuonAdamW, TrainError, accumulate_gradie
 CPU = torch.device("cpu")
 TINY = replace(
     train.SMALL, depth=3, n_embd=32, head_dim=8, windows="SL", short_window=5, gate_channels=8, batch_tokens=8 * 24,
-    micro_rows=8, logit_softcap=15.0, loss_chunk=50, init_scale=1.0, value_every=2,
-    mlp_ratio=4,
+    micro_rows=8, logit_softcap=15.0, loss_chunk=50, init_scale=1.0, value_every=2, mlp_ratio=4,
 )  # fmt: skip
 V, T = 61, 24
 
