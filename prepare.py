@@ -952,18 +952,18 @@ def draw(rows: dict[int, dict], kept: dict[int, dict], levels: dict[int, float])
     low, high = low - 0.15 * max(high - low, 1e-3), high + 0.45 * max(high - low, 1e-3)
     beyond = [i for i, value in runs.items() if value > high]
     axes.plot([*runs], [*runs.values()], "o", color="0.7", label="run")
-    axes.plot(beyond, [high] * len(beyond), "^", color="0.5", clip_on=False, label="above the range")
-    axes.plot(lost, [low] * len(lost), "x", color="tab:red", clip_on=False, label="no score")
+    axes.plot(beyond, [high] * len(beyond), "^", color="0.5", clip_on=False, in_layout=False, label="above the range")
+    axes.plot(lost, [low] * len(lost), "x", color="tab:red", clip_on=False, in_layout=False, label="no score")
     if kept:
-        best = [*itertools.accumulate(levels.values(), min)]
-        axes.step([*kept, end], [*best, best[-1]], where="post", color="tab:green", label="best")
-        axes.plot([*kept], [*levels.values()], "o", color="tab:green", label="kept")
+        axes.stairs(np.minimum.accumulate([*levels.values()]), [*kept, end], baseline=None, color="green", label="best")
+        axes.plot([*kept], [*levels.values()], "o", color="green", label="kept")
     for i, row in kept.items():
         text = row["description"][:40].replace("$", r"\$")
         axes.annotate(text, (i, levels[i]), (4, 6), textcoords="offset points", rotation=35, fontsize=8)
     title = f"{len(rows)} experiments, {len(kept)} kept, {len(lost)} without a score"
-    axes.set(title=title, xlabel="experiment", ylabel="val_bpb (lower is better)", ylim=(low, high), xlim=(0, end + 1))
+    axes.set(title=title, xlabel="run", ylabel="val_bpb (lower is better)", ylim=(low, high), xlim=(0, 1.15 * end + 1))
     axes.tick_params(axis="y", labelleft=bool(runs))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper right", fontsize=8)
     figure.savefig(HERE / "progress.png", dpi=120)
 

@@ -39,7 +39,8 @@ class Config:
     short_window: int = 256  # tokens before itself that a token sees in a short layer; branch
     rotary_base: float = 200_000.0  # slowest rotation in tokens, over 2 pi; branch
     mlp_ratio: int = 4  # hidden width of the MLP, over D
-    ngram_ratio: int = 16  # rows for hashed pairs and triples of tokens, over V; not measured at full scale
+    ngram_tokens: int = 3  # pairs of tokens and longer ones up to this length have rows in one table, found by a hash
+    ngram_ratio: int = 16  # rows of that table, over V; not measured at full scale
     value_every: int = 2  # layers to a layer with value embeddings; branch
     gate_channels: int = 32  # of a layer's input that open and close its value embeddings
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
@@ -100,15 +101,13 @@ SMALL = replace(  # for T = 256 and two CPU cores; val_bpb on Python sources whe
     FULL,
     depth=2,  # 1.149; 3 layers 1.156, 4 layers 1.181: fewer layers take more steps in the time; 1 was level
     n_embd=128,  # 1.035, 192 1.040; with smaller MLPs 0.988, 64 1.042
-    head_dim=64,
-    short_window=64,
+    head_dim=64, short_window=64,
     mlp_ratio=1,  # 0.988; 2 0.994, 4 1.003, but the machine's speed changed; side by side 1.023, 4 1.028
     ngram_ratio=512,  # 1.003; 128 1.020, 64 1.035; gradients are sparse on the CPU only: elsewhere it may cost too much
     ngram_lr=0.9,  # most rows are met a few times in all
     value_every=1,  # 1.137; every second layer 1.149
     batch_tokens=2**13,  # 1.003, 2^12 1.027; with smaller MLPs 0.988, 2^14 0.988
-    micro_rows=32,
-    eval_rows=8,  # 16 MB of logits; older glibc maps anew whatever is above 32
+    micro_rows=32, eval_rows=8,  # 16 MB of logits in the metric; older glibc maps anew whatever is above 32
     logit_softcap=0.0,  # 1.209, with it 1.225: it costs a tenth of a step
 )
 
@@ -334,10 +333,11 @@ class GPT(nn.Module):
         """Logits (B, T, V); with targets their mean cross-entropy, in nats."""
         cos, sin = self.cos[: idx_BT.size(1)], self.sin[: idx_BT.size(1)]
         base = 36313  # above V, so that equal numbers are equal n-grams, and odd, so that they spread over the rows
-        pair_BT = base * idx_BT + F.pad(idx_BT, (1, -1))
-        ngrams_2BT = torch.stack((pair_BT, base**2 * idx_BT + F.pad(pair_BT, (1, -1)))) % self.ngrams.num_embeddings
-        x = self.wte(idx_BT) + self.ngrams(ngrams_2BT).sum(0) + self.follower(followed(idx_BT, pair_BT))
-        x = x0 = norm(x.to(self.dtype))
+        keys = [idx_BT]
+        for n in range(1, self.config.ngram_tokens):
+            keys.append(base**n * idx_BT + F.pad(keys[-1], (1, -1)))
+        ngrams_BT = self.ngrams(torch.stack(keys[1:]) % self.ngrams.num_embeddings).sum(0)
+        x = x0 = norm((self.wte(idx_BT) + ngrams_BT + self.follower(followed(idx_BT, keys[1]))).to(self.dtype))
         for i, block in enumerate(self.blocks):
             x = block(self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0, idx_BT, cos, sin)
         x, cap = norm(x), self.config.logit_softcap
@@ -351,8 +351,7 @@ class GPT(nn.Module):
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
         return 6 * matrices + 12 * self.config.n_embd * sum(self.config.layer_windows(self.seq_len))
 
-# == 4. Optimizer ======================================================================================================
-# The updates are plain functions that change parameters and state in place.
+# == 4. Optimizer: its updates are plain functions that change parameters and state in place ===========================
 def scalars(**values: float) -> dict[str, torch.Tensor]:
     """0-D tensors on the CPU: a new learning rate must not recompile an update."""
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}

@@ -20,6 +20,7 @@ from conftest import ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prepare
 import train
@@ -222,31 +223,31 @@ def test_a_short_row_has_the_logits_of_a_longer_one(length):
     torch.testing.assert_close(model(idx[:, :length]), model(idx)[:, :length], rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_with_the_one_and_with_the_two_before_it_has_a_row():
-    model, looked_up = tiny_model(replace(TINY, ngram_ratio=1024)), []
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_a_token_has_a_row_with_the_one_and_one_with_the_two_before_it_and_so_on(length):
+    model, looked_up = tiny_model(replace(TINY, ngram_ratio=1024, ngram_tokens=length)), []
     model.ngrams.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
     inputs, changed = torch.randint(V, (1, T)), T // 2
     other = inputs.clone()
     other[0, changed] = (other[0, changed] + 1) % V
     logits, _ = model(inputs), model(other)
-    pairs, triples = (looked_up[0] != looked_up[1])[:, 0]
-    assert pairs.nonzero().flatten().tolist() == [changed, changed + 1]
-    assert triples.nonzero().flatten().tolist() == [changed, changed + 1, changed + 2]
-    assert len(looked_up[0].unique()) > 1.5 * T
+    found = [rows[0].nonzero().flatten().tolist() for rows in looked_up[0] != looked_up[1]]
+    assert found == [list(range(changed, changed + tokens)) for tokens in range(2, length + 1)]
+    assert len(looked_up[0].unique()) > 0.75 * T * (length - 1)
     with torch.no_grad():  # at first they add nothing, then each to its own tokens, as long as the blocks write nothing
         assert model.ngrams.weight.count_nonzero() == 0
-        model.ngrams.weight[looked_up[0][:, 0, changed]] = torch.randn(2, TINY.n_embd)
+        model.ngrams.weight[looked_up[0][:, 0, changed]] = torch.randn(length - 1, TINY.n_embd)
     moved = (model(inputs) != logits).any(dim=-1)
     assert moved.equal(torch.isin(looked_up[0], looked_up[0][:, 0, changed]).any(0))
 
 
 def test_equal_runs_of_tokens_have_equal_rows_and_few_others_do():
-    model = GPT(replace(TINY, ngram_ratio=1024), 2048, T, train.block_attention, torch.float32)
-    looked_up = []
+    config = replace(TINY, ngram_ratio=1024, ngram_tokens=5)
+    model, looked_up = GPT(config, 2048, T, train.block_attention, torch.float32), []
     model.ngrams.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
     inputs = torch.randint(2048, (64, T), generator=torch.Generator().manual_seed(0))
     model(inputs)
-    for rows, before in zip(looked_up[0], (1, 2), strict=True):
+    for rows, before in zip(looked_up[0], range(1, 5), strict=True):
         keys = [tuple(row[i - before : i + 1]) for row in inputs.tolist() for i in range(before, T)]
         found = {}
         for key, row in zip(keys, rows[:, before:].flatten().tolist(), strict=True):
@@ -605,6 +606,27 @@ def test_model_and_updates_compile_as_one_graph_and_do_the_same():
             model.zero_grad()
         for (name, param), twin in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
             assert (param - twin).norm() <= 1e-4 * param.norm(), name
+
+
+def test_at_full_scale_nothing_leaves_the_gpu():
+    """Fake tensors have a device and a shape and compute nothing: they need no GPU, and refuse to mix devices."""
+    device = torch.device("cuda", 0)
+    with FakeTensorMode():
+        with device:
+            model = GPT(train.FULL, 8192, 2048, train.sdpa_attention, torch.bfloat16)
+        tokens = torch.zeros(2, 2048, dtype=torch.int64, device=device)
+        loss = model(tokens, tokens)
+        with torch.no_grad():
+            logits = model(tokens)
+        for param in model.parameters():
+            param.grad = torch.empty_like(param)
+        optimizer = MuonAdamW(model, train.FULL, torch.bfloat16, compiled=False)
+        optimizer.numbers = train.scalars  # as when compiled: the learning rates are the one thing on the CPU
+        optimizer.step(lr_frac=1.0, momentum=0.9, matrix_weight_decay=0.1)
+    assert (logits.shape, logits.dtype, logits.device) == ((2, 2048, 8192), torch.float32, device)
+    assert (loss.shape, loss.dtype, loss.device) == ((), torch.float32, device)
+    state = [*itertools.chain(*optimizer.state.values()), *model.parameters(), *model.buffers()]
+    assert {tensor.device for tensor in state} == {device}
 
 
 @pytest.mark.slow
