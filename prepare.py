@@ -960,7 +960,7 @@ def draw(rows: dict[int, dict], kept: dict[int, dict], levels: dict[int, float])
     for i, row in kept.items():
         text = row["description"][:40].replace("$", r"\$")
         axes.annotate(text, (i, levels[i]), (4, 6), textcoords="offset points", rotation=35, fontsize=8)
-    title = f"{len(rows)} experiments, {len(kept)} kept, {len(lost)} without a score"
+    title = f"{len(rows)} runs, {len(kept)} kept, {len(lost)} without a score"
     axes.set(title=title, xlabel="run", ylabel="val_bpb (lower is better)", ylim=(low, high), xlim=(0, 1.15 * end + 1))
     axes.tick_params(axis="y", labelleft=bool(runs))
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -39,7 +39,7 @@ class Config:
     short_window: int = 256  # tokens before itself that a token sees in a short layer; branch
     rotary_base: float = 200_000.0  # slowest rotation in tokens, over 2 pi; branch
     mlp_ratio: int = 4  # hidden width of the MLP, over D
-    ngram_tokens: int = 3  # pairs of tokens and longer ones up to this length have rows in one table, found by a hash
+    ngram_tokens: int = 3  # n-grams of 2 tokens up to this many, 5 at most, have rows in one table, found by a hash
     ngram_ratio: int = 16  # rows of that table, over V; not measured at full scale
     value_every: int = 2  # layers to a layer with value embeddings; branch
     gate_channels: int = 32  # of a layer's input that open and close its value embeddings
@@ -103,7 +103,8 @@ SMALL = replace(  # for T = 256 and two CPU cores; val_bpb on Python sources whe
     n_embd=128,  # 1.035, 192 1.040; with smaller MLPs 0.988, 64 1.042
     head_dim=64, short_window=64,
     mlp_ratio=1,  # 0.988; 2 0.994, 4 1.003, but the machine's speed changed; side by side 1.023, 4 1.028
-    ngram_ratio=512,  # 1.003; 128 1.020, 64 1.035; gradients are sparse on the CPU only: elsewhere it may cost too much
+    ngram_tokens=4,  # 1.001, 3 1.010, 5 1.003 (as much computing each, 1,300 steps on one core)
+    ngram_ratio=1024,  # 0.994, 512 1.001 (likewise); gradients are sparse on the CPU only: elsewhere it costs more
     ngram_lr=0.9,  # most rows are met a few times in all
     value_every=1,  # 1.137; every second layer 1.149
     batch_tokens=2**13,  # 1.003, 2^12 1.027; with smaller MLPs 0.988, 2^14 0.988
@@ -169,7 +170,6 @@ def flash_attention_3() -> Callable:
     except requests.RequestException:
         os.environ["HF_HUB_OFFLINE"] = "1"  # else the hub's client tries again and again, and ignores its cache
     import kernels
-
     attend = kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
     return lambda q, k, v, window: attend(q, k, v, causal=True, window_size=(window, 0))
 
@@ -336,8 +336,8 @@ class GPT(nn.Module):
         keys = [idx_BT]
         for n in range(1, self.config.ngram_tokens):
             keys.append(base**n * idx_BT + F.pad(keys[-1], (1, -1)))
-        ngrams_BT = self.ngrams(torch.stack(keys[1:]) % self.ngrams.num_embeddings).sum(0)
-        x = x0 = norm((self.wte(idx_BT) + ngrams_BT + self.follower(followed(idx_BT, keys[1]))).to(self.dtype))
+        ngrams_BTD = self.ngrams(torch.stack(keys[1:]) % self.ngrams.num_embeddings).sum(0)
+        x = x0 = norm((self.wte(idx_BT) + ngrams_BTD + self.follower(followed(idx_BT, keys[1]))).to(self.dtype))
         for i, block in enumerate(self.blocks):
             x = block(self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0, idx_BT, cos, sin)
         x, cap = norm(x), self.config.logit_softcap
@@ -516,7 +516,8 @@ def warm_up(model: GPT, optimizer: MuonAdamW, rows: int) -> None:
     """Two training steps and an evaluation on random tokens, which compile and allocate all there is; then undone."""
     config, device = model.config, model.wte.weight.device
     micro_batches = min(2, config.micro_batches(rows, model.seq_len))
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    zero = torch.zeros((), device=device)  # stands for tables of zeros: a copy of the n-grams' would take 1 GiB
+    weights = {name: x.clone() if x.count_nonzero() else zero.expand_as(x) for name, x in model.state_dict().items()}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # not one tensor for both: that would be compiled as a special case
         inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, model.seq_len), device=device)

@@ -224,7 +224,7 @@ def test_a_short_row_has_the_logits_of_a_longer_one(length):
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
-def test_a_token_has_a_row_with_the_one_and_one_with_the_two_before_it_and_so_on(length):
+def test_a_token_has_a_row_for_each_ngram_that_it_ends(length):
     model, looked_up = tiny_model(replace(TINY, ngram_ratio=1024, ngram_tokens=length)), []
     model.ngrams.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
     inputs, changed = torch.randint(V, (1, T)), T // 2
@@ -608,8 +608,9 @@ def test_model_and_updates_compile_as_one_graph_and_do_the_same():
             assert (param - twin).norm() <= 1e-4 * param.norm(), name
 
 
-def test_at_full_scale_nothing_leaves_the_gpu():
+def test_at_full_scale_forward_pass_and_step_stay_on_the_gpu(monkeypatch):
     """Fake tensors have a device and a shape and compute nothing: they need no GPU, and refuse to mix devices."""
+    monkeypatch.setattr(train, "window_mask", train.window_mask.__wrapped__)  # its cache must not keep fake ones
     device = torch.device("cuda", 0)
     with FakeTensorMode():
         with device:
@@ -625,7 +626,8 @@ def test_at_full_scale_nothing_leaves_the_gpu():
         optimizer.step(lr_frac=1.0, momentum=0.9, matrix_weight_decay=0.1)
     assert (logits.shape, logits.dtype, logits.device) == ((2, 2048, 8192), torch.float32, device)
     assert (loss.shape, loss.dtype, loss.device) == ((), torch.float32, device)
-    state = [*itertools.chain(*optimizer.state.values()), *model.parameters(), *model.buffers()]
+    adamw = itertools.chain(*(state.values() for state in optimizer.adamw.state.values()))
+    state = [*itertools.chain(*optimizer.state.values()), *adamw, *model.parameters(), *model.buffers()]
     assert {tensor.device for tensor in state} == {device}
 
 
