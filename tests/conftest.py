@@ -1,4 +1,4 @@
-"""What the tests share: the small scale, a throw-away cache with a real prepared corpus, and the real command line."""
+"""What the tests share: the small scale, a throw-away cache with a real corpus, and the real command line."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.lab import BETTER, ROOT, Lab, Outcome
 
-ROOT = Path(__file__).resolve().parent.parent
 # before prepare.py is imported: its scale and its cache are read once
 os.environ["AUTORESEARCH_SCALE"] = "small"
 os.environ["AUTORESEARCH_CACHE"] = tempfile.mkdtemp(prefix="autoresearch-tests-")
@@ -22,7 +22,9 @@ os.environ.pop("SEED", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run(*command: object, env: dict | None = None, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+def run(
+    *command: object, env: dict | None = None, timeout: float = 120, **options
+) -> subprocess.CompletedProcess:
     """`python COMMAND` on the CPU, as a user would: run("prepare.py", "--data", folder)."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {})
     command = [sys.executable, *map(str, command)]
@@ -30,7 +32,7 @@ def run(*command: object, env: dict | None = None, timeout: float = 120, **optio
     return subprocess.run(command, env=environment, timeout=timeout, **options)
 
 
-def write_corpus(folder: Path, megabytes: float = 2) -> Path:
+def write_corpus(folder: Path, megabytes: float = 1.5) -> Path:
     """Real text in plain files: sources of the standard library, in the order of their names."""
     folder.mkdir(parents=True)
     written = 0
@@ -51,7 +53,7 @@ def _remove_session_cache() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of text files, 2 MB."""
+    """A folder of text files, 1.5 MB."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
@@ -68,3 +70,21 @@ def cache(corpus: Path) -> Path:
 def cache_copy(cache: Path, tmp_path: Path) -> Path:
     """A copy of the prepared cache, to be damaged; hand it to a command as AUTORESEARCH_CACHE."""
     return Path(shutil.copytree(cache, tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def night(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, list[Outcome]]:
+    """A repository after three runs: a baseline, which was merged, another, and a candidate that gains."""
+    lab = Lab.create(tmp_path_factory.mktemp("night") / "repository")
+    outcomes = [lab.run("baseline")]
+    lab.sh(outcomes[0].next)
+    outcomes.append(lab.run("baseline"))
+    lab.edit(BETTER)
+    outcomes.append(lab.run("4 -> 7 steps"))
+    return lab, outcomes
+
+
+@pytest.fixture
+def begun(night: tuple[Lab, list[Outcome]], tmp_path: Path) -> Lab:
+    """A copy of it, with the branch's train.py; the record has two baselines and the candidate."""
+    return Lab.copy(night[0], tmp_path / "copy")

@@ -1,61 +1,72 @@
-"""Experiment: seed, clock, summary and errors of one run, under a clock that the tests move; the watchdog for real."""
+"""A run from start to end: budget, seed, clock, summary and errors, under a clock that the tests move."""
 
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from forks import Forks, Job
+from helpers.experiments import CPU, StillClock, keep_cuda_busy, still_clock, toy, uniform
+from helpers.forks import Forks, Job
+from helpers.lab import Lab
+from helpers.script import environment, load
 
 import prepare
-from prepare import Experiment, Tokenizer, TrainError, evaluate_bpb, make_dataloader
+from prepare import (
+    AutoresearchError,
+    Clock,
+    Experiment,
+    MetricError,
+    Prepared,
+    Tokenizer,
+    evaluate_bpb,
+    make_dataloader,
+)
 
 SUMMARY = (
-    "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth "
-    "startup_seconds eval_seconds seed fingerprint"
+    "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M "
+    "depth startup_seconds eval_seconds seed fingerprint"
 )
 
 
-def uniform(inputs):
-    return torch.zeros(*inputs.shape, prepare.VOCAB_SIZE, device=inputs.device)
+@pytest.fixture
+def clock() -> Iterator[StillClock]:
+    with still_clock() as clock:
+        yield clock
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture(scope="module")
+def tokenizer(cache) -> Tokenizer:
+    """With few validation rows, to save time."""
+    whole = Tokenizer.from_directory()
+    return Tokenizer(whole.data.tokenizer_path, replace(whole.data, rows=whole.data.rows[:12]))
 
 
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    """What the harness reads; it stands still unless a test moves it."""
-    clock = Clock()
-    monkeypatch.setattr(prepare.time, "perf_counter", clock)
+def begun(clock, cache) -> Clock:
+    """A clock of its own that has begun."""
+    return begin(prepare)
+
+
+def begin(module: ModuleType) -> Clock:
+    torch.manual_seed(42)
+    clock = module.Clock()
+    clock.begin(CPU, 42, module.Prepared.active())
     return clock
 
 
-@pytest.fixture
-def tokenizer(cache, monkeypatch, tmp_path) -> Tokenizer:
-    """The tokenizer of a prepared corpus, on the CPU and outside any repository."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "default_device", lambda: torch.device("cpu"))
-    set_constant(monkeypatch, "PROBES", 16)  # here they only cost time
-    return Tokenizer.from_directory()
-
-
-def set_constant(monkeypatch, name: str, value: float) -> None:
-    """Another constant, as if prepare.py said so."""
-    monkeypatch.setattr(prepare, name, value)
-    monkeypatch.setitem(prepare._CONSTANTS, name, value)
-
-
-def train(run: Experiment, clock: Clock, seconds: float = 100.0) -> None:
+def train(run: Experiment | Clock, clock: StillClock, seconds: float = 100.0) -> int:
+    """The number of steps."""
+    steps = 0
     for _ in run.steps():
         clock.now += seconds
+        steps += 1
+    return steps
 
 
 def only_line(text: str) -> str:
@@ -64,47 +75,106 @@ def only_line(text: str) -> str:
     return text
 
 
-# -- seed --------------------------------------------------------------------------------------------------------------
+# -- the budget ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given, seed", [(None, 42), ("7", 7)])
-def test_torch_is_seeded_by_the_harness(tokenizer, monkeypatch, given, seed):
-    if given:
-        monkeypatch.setenv("SEED", given)
-    torch.manual_seed(0)
-    with Experiment("toy") as run:
+@pytest.mark.parametrize("text, grace", [("5", 300), ("300", 300), ("3600", 360), ("86400", 8640)])
+def test_the_budget_is_what_the_user_says(cache, text, grace):
+    module = load(AUTORESEARCH_BUDGET=text)
+    assert (module.TIME_BUDGET, module.GRACE) == (int(text), grace)
+    module.check_constants()
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_without_a_word_the_budget_is_300_seconds(text):
+    assert load(AUTORESEARCH_BUDGET=text).TIME_BUDGET == 300
+
+
+@pytest.mark.parametrize("text", ["4", "86401", "abc", "-5", "1e3", "5.0", " 60", "0", "999999"])
+def test_a_budget_out_of_reach_is_an_error(text):
+    with pytest.raises(SystemExit, match=rf"^error: AUTORESEARCH_BUDGET is '{text}', not 5 to 86400 [^\n]*$"):
+        load(AUTORESEARCH_BUDGET=text)
+
+
+def test_every_budget_has_its_own_fingerprint(cache):
+    """And another code, corpus or device too; the same budget in other digits has not."""
+    fingerprints = {}
+    for text in ("5", "300", "86400", "", "00300"):
+        module = load(AUTORESEARCH_BUDGET=text)
+        fingerprints[text] = module.Prepared.active().fingerprint(CPU)
+    assert fingerprints[""] == fingerprints["300"] == fingerprints["00300"]
+    assert fingerprints["300"] == Prepared.active().fingerprint(CPU)
+    assert len(set(fingerprints.values())) == 3
+
+
+# -- seed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, seed", [(None, 42), ("7", 7), ("0", 0)])
+def test_torch_is_seeded_by_the_harness(tokenizer, given, seed):
+    torch.manual_seed(1)
+    with environment(SEED=given), toy() as run:
         drawn = torch.rand(5)
     assert run.seed == seed
     assert torch.equal(drawn, torch.rand(5, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_a_seed_that_is_no_number_is_refused(tokenizer, monkeypatch, capsys):
-    monkeypatch.setenv("SEED", "lucky")
-    with pytest.raises(SystemExit, match="^1$"):
-        Experiment("toy").__enter__()
+def test_a_seed_that_is_no_number_is_refused(cache, capsys):
+    with environment(SEED="lucky"), pytest.raises(SystemExit, match="^1$"):
+        toy().__enter__()
     assert only_line(capsys.readouterr().err) == "error: SEED is 'lucky', not a whole number; unset it\n"
 
 
-def test_reseeding_is_invalid(tokenizer, clock, capsys):
-    with Experiment("toy") as run:
-        train(run, clock)
-        torch.manual_seed(1234)
-        evaluate_bpb(uniform, tokenizer, 6)
-    assert run.exit_code == 1
-    assert "torch's seed is 1234, not 42" in only_line(capsys.readouterr().err)
+def test_reseeding_is_invalid(begun, clock):
+    train(begun, clock)
+    torch.manual_seed(1234)
+    with pytest.raises(MetricError, match="torch's seed is 1234, not 42"):
+        begun.stop(begun.data)
 
 
-# -- clock -------------------------------------------------------------------------------------------------------------
+# -- the first lines -----------------------------------------------------------------------------------------
 
 
-def test_every_step_counts_and_progress_rises_from_0(tokenizer, clock):
+def test_the_first_lines_say_what_is_at_stake(cache, capsys):
+    with toy("an idea") as run:
+        begun = capsys.readouterr().out
+    tokenizer = Tokenizer.from_directory()
+    targets = [token for row in tokenizer.data.rows.tolist() for token in row[1:]]
+    text = b"".join(tokenizer.encoding.decode_tokens_bytes([t for t in targets if t != tokenizer.bos]))
+    tokens = sum(len(np.fromfile(path, "<u2")) for path in tokenizer.data.train_paths)
+    device = prepare.device_name(CPU)
+    corpus = tokenizer.data.folder.name.removesuffix("-small")
+    assert run.device == CPU and tokens > 100_000
+    assert begun.splitlines() == [
+        f"plain run, not recorded: small scale, 300 s, seed 42, {device}",
+        f"corpus: {corpus}, {tokens:,} training tokens, {tokens // 257:,} rows an epoch, "
+        f"{len(text) / len(targets):.2f} bytes a token",
+    ]
+
+
+def test_the_first_line_tells_an_experiment(cache, tmp_path):
+    lab = Lab.create(tmp_path / "lab")
+    lab.edit(("    tokenizer = Tokenizer", "    raise KeyboardInterrupt\n    tokenizer = Tokenizer"))
+    lab.git("commit", "-qam", "ends at once")
+    recorded = lab.run("an idea", AUTORESEARCH_BUDGET="60").output
+    plain = lab.run("", AUTORESEARCH_BUDGET="60").output
+    assert recorded.startswith("experiment: small scale, 60 s, seed 42, ")
+    assert plain.startswith("plain run, not recorded: small scale, 60 s, seed 42, ")
+    assert len(lab.record()) == 1
+
+
+# -- clock ---------------------------------------------------------------------------------------------------
+
+
+def test_every_step_counts_and_progress_rises_from_0(cache, clock):
     seen = []
-    with Experiment("toy") as run:
+    with toy() as run:
         clock.now += 60  # start-up is free
         for step, progress in run.steps():
             seen.append((step, progress))
             clock.now += 7
-    assert seen == [(i, pytest.approx(7 * i / 300)) for i in range(42)]  # 42 * 7 = 294, a 43rd step would end at 301
+    # 42 * 7 = 294, a 43rd step would end at 301
+    assert seen == [(i, pytest.approx(7 * i / 300)) for i in range(42)]
     assert prepare.TIME_BUDGET == 300
 
 
@@ -113,91 +183,89 @@ def test_every_step_counts_and_progress_rises_from_0(tokenizer, clock):
     [
         ([100] * 9, 3),  # the third one ends exactly with the budget
         ([101] * 9, 2),
-        ([299] * 9, 1),
+        ([299] * 9, 2),  # after a first step nobody knows how long the others are
         ([400] * 9, 1),
-        ([10, 150, 10, 10], 2),  # at 160 s, a step like the last one would end at 310 s
+        ([10, 150] + [10] * 99, 16),  # a single slow step does not end the run
+        ([10, 150, 130, 10], 3),  # two of them do: at 290 s, the shorter one would end at 420 s
+        ([10, 150, 10, 150, 10], 4),
         ([100] + [1] * 300, 201),  # a slow first step does not cost the others theirs
     ],
 )
-def test_the_loop_ends_before_a_step_that_would_pass_the_budget(tokenizer, clock, seconds, steps):
+def test_a_step_that_would_pass_the_budget_is_not_begun(begun, clock, seconds, steps):
+    """Judged by the shorter one of the last two."""
     taken = 0
-    with Experiment("toy") as run:
-        for step, _ in run.steps():
-            clock.now += seconds[step]
-            taken += 1
+    for step, _ in begun.steps():
+        clock.now += seconds[step]
+        taken += 1
     assert taken == steps
 
 
-def test_the_clock_starts_once(tokenizer, clock, capsys):
-    with Experiment("toy") as run:
-        train(run, clock)
-        train(run, clock)
-        evaluate_bpb(uniform, tokenizer, 6)
-    assert run.exit_code == 1
-    only_line(capsys.readouterr().err)
+def test_the_clock_starts_once(begun, clock):
+    train(begun, clock)
+    with pytest.raises(MetricError, match="twice"):
+        train(begun, clock)
 
 
-@pytest.mark.parametrize(
-    "budget, seconds, valid", [(300, 305.9, True), (300, 306.1, False), (60, 64.9, True), (60, 65.1, False)]
-)
-def test_at_most_5_seconds_or_2_percent_over_the_budget_count(
-    tokenizer, clock, monkeypatch, capsys, budget, seconds, valid
-):
-    set_constant(monkeypatch, "TIME_BUDGET", budget)
-    with Experiment("toy") as run:
+@pytest.mark.parametrize("budget, most", [(5, 10), (60, 65), (300, 306), (86_400, 88_128)])
+def test_5_seconds_or_2_percent_over_the_budget(cache, clock, budget, most):
+    module = load(AUTORESEARCH_BUDGET=budget)
+    for seconds in (most - 0.1, most + 0.1):
+        run = begin(module)
         train(run, clock, seconds)
-        evaluate_bpb(uniform, tokenizer, 6)
-    assert run.exit_code == (0 if valid else 1)
-    errors = capsys.readouterr().err
-    assert valid and not errors or f"trained for {seconds} s, not" in only_line(errors)
+        if seconds < most:
+            run.stop(run.data)
+        else:
+            with pytest.raises(
+                module.MetricError, match=f"trained for {seconds:.1f} s, not {most}.0 at most"
+            ):
+                run.stop(run.data)
 
 
-def test_what_comes_between_the_loop_and_the_metric_is_not_free(tokenizer, clock, capsys):
-    with Experiment("toy") as run:
-        train(run, clock, 50)
-        clock.now += 7  # averaging weights, say
-        evaluate_bpb(uniform, tokenizer, 6)
-    assert run.exit_code == 1
-    assert "trained for 307.0 s" in only_line(capsys.readouterr().err)
+def test_what_comes_after_the_loop_is_not_free(begun, clock):
+    train(begun, clock, 50)
+    clock.now += 7  # averaging weights, say
+    with pytest.raises(MetricError, match="trained for 307.0 s"):
+        begun.stop(begun.data)
 
 
-def test_training_data_cannot_be_drawn_before_the_clock(tokenizer):
+def test_no_data_is_drawn_before_the_clock(tokenizer):
     drawn = []
-    with Experiment("toy") as run:
-        with pytest.raises(TrainError, match="before the clock"):
-            next(make_dataloader(tokenizer, 2, 16))
+    with toy() as run:
+        with pytest.raises(AutoresearchError, match="before the clock"):
+            next(make_dataloader(tokenizer, 2, 16, device=CPU))
         drawn.append("refused")
-        batches = make_dataloader(tokenizer, 2, 16)
+        batches = make_dataloader(tokenizer, 2, 16, device=CPU)
         for _ in run.steps():
             drawn.append(next(batches)[0].shape)
             break
     assert drawn == ["refused", (2, 16)]
-    assert next(make_dataloader(tokenizer, 2, 16))[0].shape == (2, 16)  # without an Experiment there is no clock
+    # without an Experiment there is no clock
+    assert next(make_dataloader(tokenizer, 2, 16, device=CPU))[0].shape == (2, 16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_cuda_the_host_cannot_outrun_the_clock(cache, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    set_constant(monkeypatch, "TIME_BUDGET", 2)
+def test_on_cuda_the_host_cannot_outrun_the_clock(cache):
+    module = load(AUTORESEARCH_BUDGET=5)
     steps = 0
-    with Experiment("toy") as run:
+    with module.Experiment() as run:
         for _ in run.steps():
-            torch.cuda._sleep(300_000_000)  # cycles, 0.15 to 0.3 s, which the host does not wait for
+            keep_cuda_busy()
             steps += 1
-        evaluate_bpb(uniform, Tokenizer.from_directory(), 6)
+        module.evaluate_bpb(uniform, module.Tokenizer.from_directory(), 6)
     assert run.exit_code == 0
-    assert steps > 3 and 1 < run.training_seconds < 2.7
+    assert steps > 10 and 4 < module.CLOCK.training_seconds < 5.7
 
 
-# -- score and summary -------------------------------------------------------------------------------------------------
+# -- score and summary ---------------------------------------------------------------------------------------
 
 
-def test_summary_has_the_keys_of_the_interface_in_their_order(tokenizer, clock, capsys):
-    with Experiment("toy") as run:
+def test_the_summary_has_the_keys_of_the_interface(tokenizer, clock, capsys):
+    with toy() as run:
         clock.now += 20
         train(run, clock, 74.5)
         val_bpb = evaluate_bpb(uniform, tokenizer, 6)
         clock.now += 4.25
+        capsys.readouterr()
         run.summary(mfu_percent="n/a", total_tokens_M=1.26, num_steps=4, num_params_M=11.55, depth=3)
         out = capsys.readouterr().out
         run.summary(mfu_percent=39.8765, total_tokens_M=1.26, num_steps=4, num_params_M=11.55, depth=3)
@@ -207,70 +275,85 @@ def test_summary_has_the_keys_of_the_interface_in_their_order(tokenizer, clock, 
     head, *lines = out.splitlines()
     values = {key: value.strip() for key, value in (line.split(":") for line in lines)}
     assert head == "---" and " ".join(values) == SUMMARY
-    measured = {"val_bpb": f"{val_bpb:.6f}", "training_seconds": "298.0", "total_seconds": "322.2"}
-    measured |= {"startup_seconds": "20.0", "eval_seconds": "0.0", "seed": "42", "fingerprint": run.fingerprint}
-    told = {"mfu_percent": "n/a", "total_tokens_M": "1.3", "num_steps": "4", "num_params_M": "11.6", "depth": "3"}
-    assert values == measured | told | {"peak_vram_mb": values["peak_vram_mb"]}
+    assert values == {
+        "val_bpb": f"{val_bpb:.6f}",
+        "training_seconds": "298.0",
+        "total_seconds": "322.2",
+        "peak_vram_mb": values["peak_vram_mb"],
+        "mfu_percent": "n/a",
+        "total_tokens_M": "1.3",
+        "num_steps": "4",
+        "num_params_M": "11.6",
+        "depth": "3",
+        "startup_seconds": "20.0",
+        "eval_seconds": "0.0",
+        "seed": "42",
+        "fingerprint": run.fingerprint,
+    }
     assert float(values["peak_vram_mb"]) > 10
     assert re.fullmatch("[0-9a-f]{8}", values["fingerprint"])
 
 
 def test_evaluation_before_the_clock_is_invalid(tokenizer, capsys):
-    with Experiment("toy") as run:
+    with toy() as run:
         evaluate_bpb(uniform, tokenizer, 6)
     assert run.exit_code == 1
     assert "before the clock started" in only_line(capsys.readouterr().err)
 
 
-def test_a_second_evaluation_is_invalid(tokenizer, clock, capsys):
-    with Experiment("toy") as run:
-        train(run, clock)
-        evaluate_bpb(uniform, tokenizer, 6)
-        evaluate_bpb(uniform, tokenizer, 6)
-    assert run.exit_code == 1
-    assert "twice" in only_line(capsys.readouterr().err)
+def test_a_second_evaluation_is_invalid(begun, clock):
+    train(begun, clock)
+    begun.stop(begun.data)
+    begun.finish(1.5)
+    with pytest.raises(MetricError, match="twice"):
+        begun.stop(begun.data)
 
 
-def test_an_invalid_model_has_no_score_even_if_its_error_is_caught(tokenizer, clock, capsys):
-    with Experiment("toy") as run:
+def test_an_invalid_model_has_no_score(tokenizer, clock, capsys):
+    """Even if the error is caught."""
+    with toy() as run:
         train(run, clock)
-        with pytest.raises(prepare.MetricError):
+        with pytest.raises(MetricError):
             evaluate_bpb(lambda inputs: uniform(inputs).mean(), tokenizer, 6)
     assert run.exit_code == 1
     assert "without a score" in only_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name, value", [("TIME_BUDGET", 600), ("TOLERANCE", 1.0), ("EVAL_TOKENS", 2**14)])
-def test_a_changed_constant_is_refused_at_the_start_and_at_the_end(tokenizer, clock, monkeypatch, capsys, name, value):
-    found = f"{name} is {value}, not {getattr(prepare, name)}"
-    with Experiment("toy") as run:
-        train(run, clock)
-        with monkeypatch.context() as patch:
-            patch.setattr(prepare, name, value)
-            evaluate_bpb(uniform, tokenizer, 6)
-    assert run.exit_code == 1
-    assert found in only_line(capsys.readouterr().err)
-    monkeypatch.setattr(prepare, name, value)
-    with pytest.raises(SystemExit, match="^1$"):
-        Experiment("toy").__enter__()
-    assert found in only_line(capsys.readouterr().err)
+def test_a_changed_constant_is_refused(cache, clock, capsys, name, value):
+    """By the program that runs, before it starts or while it runs."""
+    for moment in ("start", "end"):
+        module = load()
+        found = f"{name} is {value}, not {getattr(module, name)}"
+        if moment == "start":
+            setattr(module, name, value)
+            with pytest.raises(SystemExit, match="^1$"):
+                module.Experiment().__enter__()
+        else:
+            with module.Experiment() as run:
+                train(run, clock)
+                setattr(module, name, value)
+                module.evaluate_bpb(uniform, module.Tokenizer.from_directory(), 6)
+            assert run.exit_code == 1
+        assert found in only_line(capsys.readouterr().err)
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_without_a_score_is_an_error(tokenizer, clock, capsys):
-    with Experiment("toy") as run:
+def test_a_run_without_a_score_is_an_error(cache, clock, capsys):
+    with toy() as run:
         train(run, clock)
     assert run.exit_code == 1
     assert "without a score" in only_line(capsys.readouterr().err)
 
 
-def test_an_error_of_ours_is_one_line(tokenizer, capsys):
-    with Experiment("toy") as run:
-        raise TrainError("the loss is NaN at step 3; lower the learning rate")
+@pytest.mark.parametrize("error", [AutoresearchError, prepare.TrainError])
+def test_an_error_of_ours_is_one_line(cache, capsys, error):
+    with toy() as run:
+        raise error("no room for a single row; lower depth")
     assert run.exit_code == 1
-    assert capsys.readouterr().err == "error: the loss is NaN at step 3; lower the learning rate\n"
+    assert capsys.readouterr().err == "error: no room for a single row; lower depth\n"
 
 
 def ping(frames: int) -> None:
@@ -282,8 +365,8 @@ def pong(frames: int) -> None:
 
 
 @pytest.mark.parametrize("frames", [3, 200])
-def test_another_error_is_a_traceback_of_at_most_30_lines(tokenizer, capsys, frames):
-    with Experiment("toy") as run:
+def test_another_error_is_a_short_traceback(cache, capsys, frames):
+    with toy() as run:
         ping(frames)
     assert run.exit_code == 1
     traceback = capsys.readouterr().err.splitlines()
@@ -300,11 +383,18 @@ def forks(cache, tmp_path_factory) -> Iterator[Forks]:
         yield forks
 
 
-def experiment(forks: Forks, body: str, cache: Path | None = None, before: str = "") -> Job:
+def experiment(forks: Forks, body: str, cache: Path | None = None) -> Job:
     """A train.py of a few lines, in a process of its own."""
-    lines = ["import ctypes, os, signal, sys, time", f"sys.path.insert(0, {str(ROOT)!r})", "import prepare", before]
-    lines += ["with prepare.Experiment('toy') as run:", f"    {body}", "sys.exit(run.exit_code)"]
-    return forks.run(first="\n".join(lines), env={"AUTORESEARCH_CACHE": cache} if cache else {}, timeout=100)
+    lines = [
+        "import os, signal, sys, time",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "import prepare",
+        "with prepare.Experiment('toy') as run:",
+        f"    {body}",
+        "sys.exit(run.exit_code)",
+    ]
+    env = {"AUTORESEARCH_CACHE": cache} if cache else {}
+    return forks.run(first="\n".join(lines), env=env, timeout=100)
 
 
 ANNOUNCE_STEPS = "for step, _ in run.steps(): print('step', step, flush=True)"
@@ -313,60 +403,68 @@ ANNOUNCE_STEPS = "for step, _ in run.steps(): print('step', step, flush=True)"
 def test_training_before_prepare_is_an_error(forks, tmp_path):
     result = experiment(forks, ANNOUNCE_STEPS, tmp_path / "empty")
     assert (result.returncode, result.stdout) == (1, "")
-    assert "nothing is prepared" in (line := only_line(result.stderr)) and "run: uv run prepare.py" in line
+    line = only_line(result.stderr)
+    assert "nothing is prepared" in line and "run: uv run prepare.py" in line
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "validation rows", "token file"])
-def test_an_altered_file_is_found_before_the_first_step(forks, cache_copy, which):
+@pytest.mark.parametrize("which", ["tokenizer-", "validation", "train"])
+def test_an_altered_file_is_found_before_a_step(forks, cache_copy, which):
     folder = cache_copy / (cache_copy / "active-small").read_text()
-    pattern = {"tokenizer": "tokenizer-*", "validation rows": "validation*", "token file": "train*"}[which]
-    (path,) = (folder / "tokens").glob(pattern)
+    (path,) = (folder / "tokens").glob(f"{which}*")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     result = experiment(forks, ANNOUNCE_STEPS, cache_copy)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert result.returncode == 1 and "step" not in result.stdout
     line = only_line(result.stderr)
     assert str(path) in line and "altered" in line and "delete it and run prepare.py again" in line
 
 
-def test_ctrl_c_is_one_line_and_exit_code_1(forks):
-    interrupt = "[os.kill(os.getpid(), signal.SIGINT) or time.sleep(30) for _ in run.steps()]"
-    # a shell that runs the tests in the background leaves SIGINT ignored
-    result = experiment(forks, interrupt, before="signal.signal(signal.SIGINT, signal.default_int_handler)")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_stopped_run_is_one_line(forks, number):
+    body = f"[os.kill(os.getpid(), signal.{number}) or time.sleep(30) for _ in run.steps()]"
+    result = experiment(forks, body)
     assert result.returncode == 1
     assert "interrupted" in only_line(result.stderr)
 
 
-# -- watchdog ----------------------------------------------------------------------------------------------------------
-
-SHORT = "for name in ('TIME_BUDGET', 'GRACE'): setattr(prepare, name, 0.5); prepare._CONSTANTS[name] = 0.5"
+# -- watchdog ------------------------------------------------------------------------------------------------
 
 
-def test_a_hang_is_ended_with_all_stacks_and_a_line_that_says_so(forks):
-    before = f"{SHORT}\ndef stuck(): time.sleep(600)"
-    result = experiment(forks, "stuck()", before=before)
-    assert result.returncode == 1
-    assert re.search(r'File "<string>", line \d+ in stuck\n', result.stderr)
-    assert re.match(r"error: .*1\.0 s.*stacks above", result.stderr.splitlines()[-1])
+def hanging(folder: Path, call: str) -> Lab:
+    """A train.py that hangs before it scores."""
+    lab = Lab.create(folder / "lab")
+    stuck = f"import ctypes\n\n\ndef stuck():\n    {call}\n\n\ndef train(run):"
+    lab.edit(("def train(run):", stuck), ("    evaluate_bpb(model", "    stuck()\n    evaluate_bpb(model"))
+    return lab
+
+
+def test_a_hang_is_ended_with_all_stacks(cache, tmp_path):
+    hung = hanging(tmp_path, "time.sleep(600)").run("", RUN_LIMIT="1")
+    assert hung.code == 1
+    assert re.search(r"train\.py\", line \d+ in stuck\n", hung.errors)
+    assert re.match(r"error: not done in 1\.0 s.*stacks above", hung.errors.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_a_hang_that_holds_the_interpreter_is_ended_too(forks):
-    before = f"{SHORT}\ndef stuck(): ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the lock of the interpreter
+def test_a_hang_that_holds_the_interpreter_is_ended(cache, tmp_path):
+    lab = hanging(tmp_path, "ctypes.PyDLL(None).sleep(600)")  # PyDLL keeps the lock of the interpreter
     begun = time.monotonic()
-    result = experiment(forks, "stuck()", before=before)
+    hung = lab.run("", RUN_LIMIT="1")
     assert time.monotonic() - begun > 30
-    assert result.returncode == 1
-    assert re.search(r'File "<string>", line \d+ in stuck\n', result.stderr)
+    assert hung.code == 1
+    assert re.search(r"train\.py\", line \d+ in stuck\n", hung.errors)
 
 
-def test_a_run_that_has_ended_is_left_alone(tokenizer, monkeypatch):
-    for name in ("TIME_BUDGET", "GRACE"):
-        set_constant(monkeypatch, name, 0.1)
-    killed = []
-    monkeypatch.setattr(prepare.os, "_exit", killed.append)
-    with Experiment("toy") as run:
-        pass
-    time.sleep(0.4)
-    assert run.exit_code == 1 and not killed
+def test_a_run_that_has_ended_is_left_alone(cache, tmp_path):
+    """By the watchdog, when the process goes on."""
+    lab = Lab.create(tmp_path / "lab")
+    again = "    code = run.exit_code\n    time.sleep(1.5)\n    print('alive')\n    return code\n"
+    lab.edit(
+        ("for _ in range(STEPS):", "for _ in range(0):"),
+        ("    evaluate_bpb(model, tokenizer, 8)\n", ""),
+        ("    return run.exit_code\n", again),
+    )
+    outcome = lab.run("", RUN_LIMIT="1")
+    assert outcome.output.endswith("alive\n") and "not done" not in outcome.errors
+    assert (outcome.code, "without a score" in outcome.errors) == (1, True)

@@ -1,4 +1,4 @@
-"""The packer and the dataloader against a scan over a plain list, row for row; the validation rows likewise."""
+"""The packer and the dataloader against a scan over a plain list, row for row; so are the validation rows."""
 
 import itertools
 import sys
@@ -10,20 +10,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.experiments import keep_cuda_busy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import prepare
-from prepare import PrepareError, make_dataloader, validation_rows
+from prepare import AutoresearchError, make_dataloader, validation_rows
 
 BOS = 7
-TOKENIZER = SimpleNamespace(get_bos_token_id=lambda: BOS)
 Document = list[int]
 
 
 def best_fit_by_scan(stream: Iterator[tuple[Document, int]], capacity: int) -> Iterator[tuple[Document, int]]:
     """(row, epoch of the last document appended), by looking at every document held before every choice."""
-    held, epoch = [], 0
+    held = []
+    epoch = 0
     while True:
         row = []
         while len(row) < capacity:
@@ -44,7 +45,8 @@ def best_fit_by_scan(stream: Iterator[tuple[Document, int]], capacity: int) -> I
 
 def documents_of(lengths: list[int]) -> list[Document]:
     """Documents of these lengths; hardly any two are alike, and BOS is only at their start."""
-    documents, count = [], itertools.count()
+    documents = []
+    count = itertools.count()
     for n in lengths:
         documents.append([BOS, *(BOS + 1 + next(count) % 65_000 for _ in range(n - 1))])
     return documents
@@ -69,16 +71,16 @@ def written(folder: str | Path, documents: list[Document], shards: int = 1) -> l
     return paths
 
 
-@pytest.fixture(scope="module")
-def prepared() -> Iterator[SimpleNamespace]:
-    """Stands for the active folder: `prepared.tokens` are the training files of make_dataloader."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        toy = SimpleNamespace(folder=folder, tokens=[])
-        patch.setattr(prepare.Prepared, "active", lambda: toy)
-        yield toy
+def tokenizer_of(paths: list[Path]) -> SimpleNamespace:
+    """What a dataloader needs of a tokenizer."""
+    return SimpleNamespace(get_bos_token_id=lambda: BOS, data=SimpleNamespace(train_paths=paths))
 
 
-@settings(max_examples=40, deadline=None)
+def loader(folder: str | Path, documents: list[Document], B: int, T: int, shards: int = 1) -> Iterator[tuple]:
+    return make_dataloader(tokenizer_of(written(folder, documents, shards)), B, T, device="cpu")
+
+
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(3, 1500),
@@ -90,22 +92,20 @@ def prepared() -> Iterator[SimpleNamespace]:
 @example(seed=0, count=3, B=2, T=9, longest=1, shards=3)  # BOS alone: 1000 documents held are 334 epochs
 @example(seed=1, count=1400, B=3, T=30, longest=31, shards=2)  # up to exactly a row
 @example(seed=2, count=1400, B=3, T=5, longest=90, shards=2)  # mostly longer than a row
-def test_batches_equal_rows_packed_by_brute_force(prepared, seed, count, B, T, longest, shards):
+def test_packing_equals_brute_force(seed, count, B, T, longest, shards):
     documents = documents_of(random_lengths(seed, count, longest))
     expected = best_fit_by_scan(endless(documents), T + 1)
     with tempfile.TemporaryDirectory() as folder:
-        prepared.tokens = written(folder, documents, shards)
-        for inputs, targets, epoch in itertools.islice(make_dataloader(TOKENIZER, B, T, device="cpu"), 12):
+        for inputs, targets, epoch in itertools.islice(loader(folder, documents, B, T, shards), 12):
             rows, epochs = zip(*itertools.islice(expected, B), strict=True)
             assert torch.cat((inputs, targets[:, -1:]), 1).tolist() == list(rows)
             assert epoch == epochs[-1]
 
 
 @pytest.mark.parametrize("n", [1, 16, 17, 18, 100])
-def test_documents_of_one_length_are_packed_in_corpus_order(prepared, n):
+def test_equal_lengths_keep_the_order_of_the_corpus(tmp_path, n):
     documents = documents_of([n] * 1300)
-    prepared.tokens = written(prepared.folder, documents, shards=2)
-    inputs, targets, _ = next(make_dataloader(TOKENIZER, 50, 16, device="cpu"))
+    inputs, targets, _ = next(loader(tmp_path, documents, 50, 16, shards=2))
     rows = torch.cat((inputs, targets[:, -1:]), 1).tolist()
     if n < 17:  # as many whole ones as fit, then the beginning of one more
         per_row = -(-17 // n)
@@ -115,26 +115,23 @@ def test_documents_of_one_length_are_packed_in_corpus_order(prepared, n):
         assert rows == [document[:17] for document in documents[:50]]
 
 
-def test_every_document_is_used_before_one_comes_again(prepared):
+def test_every_document_comes_before_one_comes_again(tmp_path):
     documents = documents_of([10] * 1500)  # two fill a row of 20 exactly, so nothing is cropped
-    prepared.tokens = written(prepared.folder, documents)
-    batches = make_dataloader(TOKENIZER, 5, 19, device="cpu")
+    batches = loader(tmp_path, documents, 5, 19)
     drawn = [row for _ in range(150) for row in next(batches)[0].tolist()]
     starts = [tuple(row[i : i + 9]) for row in drawn for i in (0, 10)]
     assert sorted(starts) == sorted(tuple(document[:9]) for document in documents)
 
 
-def test_epoch_is_that_of_the_last_document_appended(prepared):
-    prepared.tokens = written(prepared.folder, documents_of([17] * 1100))
-    batches = make_dataloader(TOKENIZER, 1, 16, device="cpu")
+def test_the_epoch_is_that_of_the_last_appended(tmp_path):
+    batches = loader(tmp_path, documents_of([17] * 1100), 1, 16)
     epochs = [next(batches)[2] for _ in range(200)]
-    # the first choice appends 8 * 128 = 1024 documents; 999 are held before the 26th, which appends 1025..1152
+    # the first choice appends 8 * 128 = 1024 documents; 999 are held before the 26th, which appends 128 more
     assert epochs == [1] * 25 + [2] * 175
 
 
-def test_batches_are_contiguous_int64_and_targets_are_inputs_one_token_on(prepared):
-    prepared.tokens = written(prepared.folder, documents_of(random_lengths(0, 1100, 60)))
-    inputs, targets, epoch = next(make_dataloader(TOKENIZER, 5, 13, device="cpu"))
+def test_targets_are_inputs_one_token_on(tmp_path):
+    inputs, targets, epoch = next(loader(tmp_path, documents_of(random_lengths(0, 1100, 60)), 5, 13))
     for tensor in (inputs, targets):
         assert (tensor.dtype, tensor.shape, tensor.is_contiguous()) == (torch.int64, (5, 13), True)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -142,9 +139,8 @@ def test_batches_are_contiguous_int64_and_targets_are_inputs_one_token_on(prepar
     assert epoch == 1
 
 
-def test_a_batch_is_never_overwritten_by_later_ones(prepared):
-    prepared.tokens = written(prepared.folder, documents_of(random_lengths(1, 1100, 60)))
-    batches = make_dataloader(TOKENIZER, 4, 16, device="cpu")
+def test_a_batch_is_never_overwritten(tmp_path):
+    batches = loader(tmp_path, documents_of(random_lengths(1, 1100, 60)), 4, 16)
     held = [next(batches)[:2] for _ in range(20)]
     copies = [(inputs.clone(), targets.clone()) for inputs, targets in held]
     again = list(itertools.islice(batches, 20))
@@ -153,21 +149,21 @@ def test_a_batch_is_never_overwritten_by_later_ones(prepared):
         assert torch.equal(inputs, inputs_then) and torch.equal(targets, targets_then)
 
 
-def test_two_dataloaders_give_the_same_batches_and_do_not_disturb_each_other(prepared):
-    prepared.tokens = written(prepared.folder, documents_of(random_lengths(2, 1100, 60)))
-    one, two = (make_dataloader(TOKENIZER, 3, 16, device="cpu") for _ in range(2))
+def test_two_dataloaders_do_not_disturb_each_other(tmp_path):
+    tokenizer = tokenizer_of(written(tmp_path, documents_of(random_lengths(2, 1100, 60))))
+    one = make_dataloader(tokenizer, 3, 16, device="cpu")
+    two = make_dataloader(tokenizer, 3, 16, device="cpu")
     ahead = [next(one)[0] for _ in range(10)]
     assert all(torch.equal(inputs, next(two)[0]) for inputs in ahead)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_memory_is_flat_over_many_batches(prepared):
+def test_memory_is_flat_over_many_batches(tmp_path):
     def anonymous_mb() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
-    prepared.tokens = written(prepared.folder, documents_of(random_lengths(3, 3000, 300)))
-    batches = make_dataloader(TOKENIZER, 32, 256, device="cpu")
+    batches = loader(tmp_path, documents_of(random_lengths(3, 3000, 300)), 32, 256)
     for _ in range(50):
         next(batches)
     before = anonymous_mb()
@@ -179,48 +175,50 @@ def test_memory_is_flat_over_many_batches(prepared):
 
 
 @pytest.mark.parametrize("split", ["val", "test", ""])
-def test_only_the_training_split_is_served(prepared, split):
-    with pytest.raises(PrepareError, match="evaluate_bpb"):
-        make_dataloader(TOKENIZER, 2, 16, split=split)
+def test_only_the_training_split_is_served(split):
+    with pytest.raises(AutoresearchError, match="evaluate_bpb"):
+        make_dataloader(tokenizer_of([]), 2, 16, split=split)
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 2500), T=st.integers(1, 40), longest=st.integers(1, 90))
-@example(seed=0, count=0, T=5, longest=1)
-def test_validation_rows_are_what_the_split_fills_once(seed, count, T, longest):
-    documents = documents_of(random_lengths(seed, count, longest))
-    # a file without a single document cannot be mapped, so an empty split is one that holds too little for a row
-    documents = documents or [[BOS]]
-    expected = [row for row, _ in best_fit_by_scan(iter([(document, 1) for document in documents]), T + 1)]
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "MAX_SEQ_LEN", T)
-        patch.setattr(prepare, "EVAL_TOKENS", 10**6)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 700), longest=st.integers(1, 900))
+@example(seed=0, count=1, longest=1)
+@example(seed=4, count=700, longest=150)  # 128 rows of 257 tokens
+def test_validation_rows_fill_the_split_once(seed, count, longest):
+    # a file without a single document cannot be mapped, so an empty split holds too little for a row
+    documents = documents_of(random_lengths(seed, count, longest)) or [[BOS]]
+    stream = iter([(document, 1) for document in documents])
+    expected = [row for row, _ in best_fit_by_scan(stream, prepare.MAX_SEQ_LEN + 1)]
+    with tempfile.TemporaryDirectory() as folder:
         paths = written(folder, documents)
         if len(expected) < 64:
-            with pytest.raises(PrepareError, match=f"fills {len(expected)} rows .* 64 .*bring more text"):
+            with pytest.raises(
+                AutoresearchError, match=f"fills {len(expected)} rows .* 64 .*bring more text"
+            ):
                 validation_rows(paths, BOS)
         else:
             assert validation_rows(paths, BOS).tolist() == expected
 
 
-def test_validation_rows_are_as_many_as_eval_tokens_asks_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 16)
-    documents = documents_of(random_lengths(4, 3000, 30))
-    paths = written(tmp_path, documents, shards=2)
-    everything = validation_rows(paths, BOS)
-    monkeypatch.setattr(prepare, "EVAL_TOKENS", 16 * 70 + 15)
-    some = validation_rows(paths, BOS)
-    assert some.shape == (70, 17) and len(everything) > 140
-    assert np.array_equal(some, everything[:70])
+def test_validation_rows_end_with_eval_tokens(tmp_path):
+    documents = documents_of(random_lengths(4, 2200, 450))
+    wanted = prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN
+    stream = iter([(document, 1) for document in documents])
+    rows = [row for row, _ in best_fit_by_scan(stream, prepare.MAX_SEQ_LEN + 1)]
+    assert len(rows) > wanted
+    found = validation_rows(written(tmp_path, documents, shards=2), BOS)
+    assert found.tolist() == rows[:wanted]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_batches_equal_those_of_the_cpu_while_the_copy_queue_is_busy(prepared):
-    prepared.tokens = written(prepared.folder, documents_of(random_lengths(5, 3000, 300)))
-    on_cpu, on_cuda = (make_dataloader(TOKENIZER, 16, 64, device=device) for device in ("cpu", "cuda"))
+def test_cuda_batches_equal_those_of_the_cpu(tmp_path):
+    """While every copy is queued behind work that is still running."""
+    tokenizer = tokenizer_of(written(tmp_path, documents_of(random_lengths(5, 3000, 300))))
+    on_cpu = make_dataloader(tokenizer, 16, 64, device="cpu")
+    on_cuda = make_dataloader(tokenizer, 16, 64, device="cuda")
     held = []
-    for _ in range(40):
-        torch.cuda._sleep(20_000_000)  # cycles, 10 ms or so: every copy is queued behind work that is still running
+    for _ in range(20):
+        keep_cuda_busy()
         held.append(next(on_cuda))
     for inputs, targets, epoch in held:
         want_inputs, want_targets, want_epoch = next(on_cpu)

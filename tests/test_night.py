@@ -1,4 +1,4 @@
-"""A scripted stand-in for the agent follows program.md, with the commands that stand there, through a night."""
+"""A scripted stand-in for the agent follows program.md, with the commands that stand there, for a night."""
 
 import os
 import re
@@ -7,7 +7,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from lab import ROOT, TRAIN, Lab, Outcome, wait_for
+from helpers.fork_server import wait_for
+from helpers.lab import BETTER, CRASH, ROOT, TRAIN, Lab, Outcome
 
 PROGRAM = (ROOT / "program.md").read_text()
 BLOCKS = re.findall(r"^ *```bash\n(.*?)^ *```$", PROGRAM, re.M | re.S)
@@ -27,12 +28,14 @@ class Agent:
     """Does what program.md says, and knows only what its commands print."""
 
     def __init__(self, lab: Lab):
-        self.lab, self.reads = lab, 0
+        self.lab = lab
+        self.reads = 0
 
     def do(self, command: str, **names: str) -> str:
         """A block, or a command that stands in a sentence, with its placeholders filled in."""
         blocks = [unindented(text) for text in BLOCKS]
-        assert command in blocks or any(command in text.splitlines() for text in blocks) or f"`{command}`" in PROGRAM
+        in_a_block = command in blocks or any(command in text.splitlines() for text in blocks)
+        assert in_a_block or f"`{command}`" in PROGRAM
         for name, value in names.items():
             assert name in command, f"{command} does not mention {name}"
             command = command.replace(name, value)
@@ -60,7 +63,7 @@ class Agent:
             outcome = self.run(outcome.next.removeprefix("uv run train.py "), **env)
         if outcome.status:
             self.lab.sh(outcome.next)
-            assert self.lab.git("status", "--porcelain") == "", outcome.next
+            assert self.lab.is_clean(), outcome.next
         return outcome
 
     def run(self, word: str, **env: str) -> Outcome:
@@ -77,7 +80,7 @@ class Agent:
         return Outcome(int(code), log, "")
 
 
-def test_every_command_of_a_night_stands_in_program_md_and_the_night_ends_as_it_should(cache: Path, tmp_path: Path):
+def test_a_night_as_program_md_says(cache: Path, tmp_path: Path):
     lab = Lab.create(tmp_path / "repository")
     agent = Agent(lab)
     agent.do(block("git status"), TAG="night")
@@ -85,8 +88,8 @@ def test_every_command_of_a_night_stands_in_program_md_and_the_night_ends_as_it_
     assert [agent.experiment("baseline").status for _ in range(2)] == ["keep", "baseline"]
     assert len(agent.tried()) == 2
 
-    better, best = ("STEPS = 4 ", "STEPS = 7 "), ("STEPS = 7 ", "STEPS = 11 ")
-    assert agent.experiment("steps 4 -> 7", better).status == "keep"
+    best = ("STEPS = 7 ", "STEPS = 11 ")
+    assert agent.experiment("steps 4 -> 7", BETTER).status == "keep"
     assert agent.experiment("steps 7 -> 3", ("STEPS = 7 ", "STEPS = 3 ")).status == "discard"
     lucky = ("for _ in range(STEPS):", "for _ in range(9 if torch.initial_seed() == 42 else 3):")
     assert agent.experiment("a lucky seed", lucky).status == "discard"
@@ -94,27 +97,34 @@ def test_every_command_of_a_night_stands_in_program_md_and_the_night_ends_as_it_
 
     rows = len(agent.tried())
     broken = agent.experiment("steps 7 -> 11", best, ("WIDTH = 8", "WIDTH = = 8"))
-    assert (broken.code, broken.status, len(agent.tried())) == (1, "", rows) and "SyntaxError" in broken.output
+    assert (broken.code, broken.status, len(agent.tried())) == (
+        1,
+        "",
+        rows,
+    ) and "SyntaxError" in broken.output
     assert agent.experiment("steps 7 -> 11", ("WIDTH = = 8", "WIDTH = 8")).status == "keep"
 
     failures = {
-        "a crash": ("for _ in range(STEPS):", "for _ in range(1 // 0):"),
+        "a crash": CRASH,
         "a huge model": ("        break\n", "        raise torch.OutOfMemoryError('640 GiB')\n"),
         "a division by zero": ("    evaluate_bpb(", "    model.lm_head.bias.data /= 0\n    evaluate_bpb("),
         "attention to what follows": ("self.wte(inputs)", "self.wte(inputs.roll(-1, 1))"),
-        "a loop without an end": ("    for _ in run.steps():", "    time.sleep(600)\n    for _ in run.steps():"),
+        "a loop without an end": (
+            "    for _ in run.steps():",
+            "    time.sleep(600)\n    for _ in run.steps():",
+        ),
     }
     best_train = lab.train.read_text()
     failed = {name: best_train.replace(*change) for name, change in failures.items()}
     statuses = {}
     for name, change in failures.items():
-        grace = {"RUN_GRACE": "0.3"} if name == "a loop without an end" else {}
+        grace = {"RUN_LIMIT": "1"} if name == "a loop without an end" else {}
         outcome = agent.experiment(name, change, **grace)
         statuses[name] = outcome.status
         assert (outcome.code, agent.tried()[-1][3:5]) == (1, [outcome.status, name])
     assert [*statuses.values()] == ["crash", "crash", "invalid", "invalid", "timeout"]
 
-    # the machine goes down in mid-run; somebody else takes over, with nothing but git and results.tsv
+    # the machine goes down in mid-run; somebody else takes over, with nothing but git
     lab.edit(("STEPS = 11 ", "STEPS = 16 "))
     hold = tmp_path / "hold"
     command = block("rm -f run.log").replace('"DESCRIPTION"', '"steps 11 -> 16"')
@@ -129,7 +139,7 @@ def test_every_command_of_a_night_stands_in_program_md_and_the_night_ends_as_it_
     log = agent.read(block("git log"))
     assert log.count(" val_bpb ") == 3 and re.search(r"^ train.py \|", log, re.M)
     commit, _, _, status, description, _ = agent.tried()[-1]
-    assert (status, description) == ("running", "steps 11 -> 16")
+    assert (status, description) == ("unfinished", "steps 11 -> 16")
     lab.sh("git restore -SW train.py")
     agent.do("git restore -s HASH train.py", HASH=commit)
     assert lab.train.read_text() == best_train.replace("STEPS = 11 ", "STEPS = 16 ")
@@ -147,18 +157,22 @@ def test_every_command_of_a_night_stands_in_program_md_and_the_night_ends_as_it_
         ("maybe", "steps 7 -> 11"),
         ("keep", "steps 7 -> 11"),
         *((statuses[name], name) for name in failures),
-        ("killed", "steps 11 -> 16"),
+        ("unfinished", "steps 11 -> 16"),
         ("maybe", "steps 11 -> 16"),
         ("keep", "steps 11 -> 16"),
     ], "every run that began has a row"
     kept = [row for row in rows if row["status"] == "keep"]
     history = lab.git("log", "--reverse", "--format=%h %s").splitlines()[1:]
-    assert [line.split()[0] for line in history] == [row["commit"] for row in kept], "the improvements, in order"
+    assert [line.split()[0] for line in history] == [row["commit"] for row in kept], (
+        "the improvements, in order"
+    )
     notebook = r"\w+ val_bpb \d\.\d{6}(: baseline| \(-0\.\d{6}, 2 seeds\): steps \d+ -> \d+)"
     assert all(re.fullmatch(notebook, line) for line in history)
     levels = [float(line.split()[2].rstrip(":")) for line in history]
     assert levels == sorted(levels, reverse=True)
-    assert lab.train.read_text() == TRAIN.replace("STEPS = 4 ", "STEPS = 16 ") and lab.git("diff", "HEAD") == ""
+    assert (
+        lab.train.read_text() == TRAIN.replace("STEPS = 4 ", "STEPS = 16 ") and lab.git("diff", "HEAD") == ""
+    )
 
     show, difference = block("git show").splitlines()
     for row in rows:
@@ -172,7 +186,7 @@ def test_every_command_of_a_night_stands_in_program_md_and_the_night_ends_as_it_
     assert agent.reads > 8
 
 
-def test_a_worktree_for_another_gpu_is_made_as_program_md_says(tmp_path: Path):
+def test_a_worktree_as_program_md_says(tmp_path: Path):
     lab = Lab.create(tmp_path / "repository")
     lab.sh(block("git worktree").replace("TAG-N", "night-1").replace("autoresearch-N", "autoresearch-1"))
     other = Lab(tmp_path / "autoresearch-1")
@@ -180,16 +194,21 @@ def test_a_worktree_for_another_gpu_is_made_as_program_md_says(tmp_path: Path):
     assert other.train.read_text() == TRAIN and other.git("status", "--porcelain") == ""
 
 
-def test_program_md_fits_a_context_and_its_statuses_are_those_that_exist():
+def test_program_md_knows_every_status():
     assert len(PROGRAM.splitlines()) < 150
     first_column = re.findall(r"^ *\| (`.*?) \|", PROGRAM, re.M)
-    assert set(re.findall(r"`(\w+)`", " ".join(first_column))) == {
-        "keep", "maybe", "discard", "baseline", "unjudged", "crash", "timeout", "invalid", "killed",
-    }
+    known = set(re.findall(r"`(\w+)`", " ".join(first_column)))
+    judged = {"keep", "maybe", "discard", "baseline", "unjudged"}
+    assert known - {"reproduced"} == judged | {"crash", "timeout", "invalid", "stopped", "unfinished"}
     source = (ROOT / "prepare.py").read_text()
-    assert all(f'"{status}"' in source for status in re.findall(r"`(\w+)`", " ".join(first_column)))
+    assert all(f'"{status}"' in source for status in known)
 
 
-def test_no_block_of_program_md_is_left_untried():
+def test_no_command_uses_the_stash():
+    for text in (PROGRAM, (ROOT / "prepare.py").read_text()):
+        assert "git stash p" not in text
+
+
+def test_no_block_of_program_md_is_untried():
     tried = ("git status", "tail", "rm -f run.log", "for i in", "git show", "git log", "git worktree")
     assert [block(words) for words in tried if block(words)] and len(BLOCKS) == len(tried)

@@ -1,11 +1,10 @@
-"""prepare.py's command line: its corpora, its downloads, its cache, and what becomes of them when something goes wrong.
+"""prepare.py's command line: its corpora, downloads and cache, and what becomes of them when something fails.
 
-`forks.run` is the real script in a real process (see forks.py); where the interpreter's start matters, conftest.run.
+`main` is the real command in this process, `forks.run` in one of its own, where signals or exit codes count.
 """
 
 import contextlib
 import fcntl
-import io
 import itertools
 import json
 import os
@@ -18,44 +17,45 @@ import socket
 import struct
 import subprocess
 import termios
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 from conftest import run, write_corpus
-from forks import Forks, Job
-from hub import CLIMBMIX, CLIMBMIX_VALIDATION, TINYSTORIES, Hub, parquet
+from helpers.forks import Forks, Job
+from helpers.hub import CLIMBMIX, CLIMBMIX_VALIDATION, TINYSTORIES, Hub, parquet
+from helpers.script import Result, environment, load, main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
 
-# code that runs in the process before the script does
-NO_WAITING = "import time; time.sleep = lambda seconds: print(f'slept {seconds}')"
-IMPATIENT = """
-from requests.adapters import HTTPAdapter
-send = HTTPAdapter.send
-def impatient(self, *args, timeout=None, **options):
-    print(f"timeout {timeout}")
-    return send(self, *args, timeout=timeout and 0.2, **options)
-HTTPAdapter.send = impatient
+# code that runs in a process before the script does
+AT_RENAME = """
+import os, resource, signal, sys
+is_renamed = is_over = False
+def hook(event, arguments):  # a rename is announced, then carried out
+    global is_renamed, is_over
+    if is_over:
+        return
+    if event == "os.rename" and {which}:
+        is_renamed = True
+        is_over = not {after}
+    elif is_renamed:
+        is_over = True
+    if is_over:
+        {action}
+sys.addaudithook(hook)
 """
-AFTER_NEXT_NEW_FILE = """
-import os, resource, signal
-replace, once = os.replace, iter([True])  # two threads may finish together
-def replace_and_then(source, target):
-    new = not os.path.exists(target) and "active" not in str(target)
-    replace(source, target)
-    if new and next(once, False):
-        {}
-os.replace = replace_and_then
-"""
+OF_A_NEW_FILE = "not os.path.exists(arguments[1])"
+OF_THE_MARKER = "'active' in str(arguments[1])"
 DISK_FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
 # root may write everywhere, except without its capabilities
 NOT_ROOT = """
@@ -65,11 +65,7 @@ assert libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 """
 NOT_ROOT = NOT_ROOT if os.geteuid() == 0 else ""
 
-
-SLOW = pytest.mark.slow
-
-
-# == What the tests share ==============================================================================================
+# == What the tests share ====================================================================================
 
 
 @pytest.fixture(scope="module")
@@ -78,32 +74,65 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield forks
 
 
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that somebody wanted to wait, but did not."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
 @pytest.fixture(scope="module")
 def passages(corpus: Path) -> list[str]:
-    """Distinct documents of 1,500 characters of real text."""
+    """A thousand distinct documents of 1,500 characters of real text."""
     text = "".join(path.read_text("utf-8") for path in sorted(corpus.iterdir()))
-    return sorted({text[i : i + 1500] for i in range(0, len(text), 1500)})
+    found = sorted({text[i : i + 1500] for i in range(0, len(text), 1500)})
+    assert len(found) > 1000
+    return found[:1000]
 
 
 @pytest.fixture(scope="module")
 def shards(passages: list[str]) -> dict[str, bytes]:
     """Eight training shards and the validation shard, each of several MB, nearly all of it ballast."""
-    files = {CLIMBMIX.format(i): parquet(passages[100 * i : 100 * i + 100], ballast=2_500_000) for i in range(8)}
+    files = {}
+    for i in range(8):
+        files[CLIMBMIX.format(i)] = parquet(passages[100 * i : 100 * i + 100], ballast=2_500_000)
     return files | {CLIMBMIX_VALIDATION: parquet(passages[900:1000], ballast=2_500_000)}
 
 
 @pytest.fixture
-def hub(shards: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setenv("NO_PROXY", "*")
+def hub(shards: dict[str, bytes]) -> Iterator[Hub]:
     with Hub() as hub:
         hub.files |= shards
         yield hub
 
 
 @pytest.fixture(scope="module")
-def small(passages: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About the smallest folder that can be prepared."""
-    return jsonl(tmp_path_factory.mktemp("small") / "own", passages[:1000])
+def few(passages: list[str]) -> list[str]:
+    """About the fewest that can be prepared: what the split chooses for validation comes first."""
+    splits = {"val": [], "train": []}
+    for split, text in prepare.split_by_hash(passages):
+        splits[split].append(text)
+    return splits["val"] + splits["train"][:250]
+
+
+@pytest.fixture(scope="module")
+def small(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of them."""
+    return jsonl(tmp_path_factory.mktemp("small") / "own", few)
+
+
+@pytest.fixture(scope="module")
+def own_cache(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("own") / "cache"
+    ready(main("--data", small, AUTORESEARCH_CACHE=cache))
+    return cache
+
+
+@pytest.fixture
+def own(own_cache: Path, tmp_path: Path) -> Path:
+    """A cache with `small` prepared, to be damaged."""
+    return Path(shutil.copytree(own_cache, tmp_path / "cache"))
 
 
 def jsonl(folder: Path, documents: list[str], name: str = "texts.jsonl") -> Path:
@@ -112,13 +141,13 @@ def jsonl(folder: Path, documents: list[str], name: str = "texts.jsonl") -> Path
     return folder
 
 
-def ready(result: Job | subprocess.CompletedProcess) -> str:
+def ready(result: Result | Job | subprocess.CompletedProcess) -> str:
     """The fingerprint that a prepare.py printed, which must have succeeded without a word on stderr."""
     assert (result.returncode, result.stderr) == (0, ""), (result.stdout, result.stderr)
     return re.search(r"^ready: .*fingerprint (\w+)", result.stdout, re.MULTILINE)[1]
 
 
-def error_line(result: Job | subprocess.CompletedProcess) -> str:
+def error_line(result: Result | Job | subprocess.CompletedProcess) -> str:
     """The one line on stderr of a prepare.py, which must have failed as it should."""
     assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
@@ -135,11 +164,14 @@ def active(cache: Path) -> prepare.Prepared:
 
 def state(folder: Path) -> dict[str, object]:
     """What every file below a folder holds; locks say nothing, nor does the order of keys in a manifest."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    return {
-        str(path.relative_to(folder)): json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
-        for path in paths
-    }
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "lock":
+            is_json = path.suffix == ".json"
+            found[str(path.relative_to(folder))] = (
+                json.loads(path.read_text()) if is_json else path.read_bytes()
+            )
+    return found
 
 
 def temporaries(folder: Path) -> list[Path]:
@@ -165,7 +197,7 @@ def until(condition, seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-# == Command line ======================================================================================================
+# == Command line ============================================================================================
 
 MISTAKES = {
     "unknown corpus": (["--data", "no-such"], r"no-such.*climbmix.*tinystories.*python.*folder"),
@@ -185,81 +217,80 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistaken_command_line_is_named_and_leaves_nothing_behind(mistake, forks, tmp_path):
+def test_a_mistake_is_named_and_leaves_nothing(mistake, tmp_path):
     arguments, expected = MISTAKES[mistake]
-    line = error_line(forks.run(*arguments, env={"AUTORESEARCH_CACHE": tmp_path / "cache"}))
+    line = error_line(main(*arguments, AUTORESEARCH_CACHE=tmp_path / "cache"))
     assert re.search(expected, line), line
     assert not (tmp_path / "cache").exists()
 
 
-@given(st.lists(st.sampled_from(["--data", "--num-shards", "--download-workers", "climbmix", "no-such"]) | st.text()))
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """prepare.py with an empty cache; it finds no hub either."""
+    return load(AUTORESEARCH_CACHE=tmp_path_factory.mktemp("offline"))
+
+
+WORDS = ["--data", "--num-shards", "--download-workers", "climbmix", "no-such", "3"]
+TEXTS = st.text(st.characters(exclude_characters="/.\0"))  # no folders: every corpus here is out of reach
+
+
+@given(arguments=st.lists(st.sampled_from(WORDS) | TEXTS))
 @settings(max_examples=100, deadline=None)
-def test_no_arguments_at_all_lead_to_a_traceback(tmp_path_factory, arguments):
-    folder, errors = tmp_path_factory.mktemp("fuzz"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
-        patch.setattr(prepare, "CACHE", folder / "cache")
-        patch.setattr(time, "sleep", lambda seconds: None)
-        patch.setenv("HF_ENDPOINT", closed_port())
-        patch.setenv("NO_PROXY", "*")
-        patch.chdir(folder)
-        assert prepare.main([argument.replace("\0", "") for argument in arguments]) == 1
-    assert re.fullmatch(r"error: [^\n]+\n", errors.getvalue())
+def test_no_arguments_lead_to_a_traceback(offline, arguments):
+    error_line(main(*arguments, module=offline, HF_ENDPOINT="no-such-scheme://hub"))
 
 
-def test_an_unknown_scale_is_an_error_not_a_guess(forks, tmp_path):
-    line = error_line(forks.run(env={"AUTORESEARCH_CACHE": tmp_path, "AUTORESEARCH_SCALE": "medium"}))
-    assert "'medium'" in line and "full or small" in line
+def test_an_unknown_scale_is_an_error():
+    with pytest.raises(SystemExit, match="^error: .*'medium'.*full or small"):
+        load(AUTORESEARCH_SCALE="medium")
+
+
+def cpu_seconds(*command: object, env: dict) -> tuple[float, subprocess.CompletedProcess]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run(*command, env=env)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
 
 
 @pytest.mark.slow
-def test_the_command_itself_fails_with_one_line_and_keeps_what_was_prepared(cache_copy, small):
-    """A few of the others' claims once more, from the start of the interpreter on, several at a time."""
-    before, offline = state(cache_copy), {"HF_ENDPOINT": closed_port(), "NO_PROXY": "*"}
+def test_the_command_from_the_start_of_python(hub, small, tmp_path):
+    """A few of the others' claims once more; and that there is nothing to do is known after two seconds."""
+    cache = hub.environment(tmp_path)
+    command = ("prepare.py", "--data", "climbmix", "--num-shards", "2")
+    fingerprint = ready(run(*command, env=cache))
+    before = state(tmp_path)
+    seconds, again = cpu_seconds(*command, env=cache)
+    assert ready(again) == fingerprint and "nothing to do" in again.stdout
+    imports_alone, unknown_scale = cpu_seconds(*command, env=cache | {"AUTORESEARCH_SCALE": "medium"})
+    assert "'medium'" in error_line(unknown_scale)
+    assert seconds < imports_alone + 2
+
+    offline = run("prepare.py", "--data", "tinystories", env=cache | {"HF_ENDPOINT": closed_port()})
+    assert re.search("tinystories.*refused.*HF_ENDPOINT.*again", error_line(offline))
     script = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path('prepare.py', run_name='__main__')"
-    commands = {
-        r"shard_06542.*refused.*HF_ENDPOINT.*again": (["prepare.py", "--data", "climbmix"], offline),
-        r"File too large.*room": (["-c", f"{DISK_FULL}; {script}", "prepare.py", "--data", small], {}),
-    }
-    outcomes = {}
-
-    def work(expected: str) -> None:
-        command, env = commands[expected]
-        outcomes[expected] = run(*command, env={"AUTORESEARCH_CACHE": str(cache_copy), **env})
-
-    threads = [threading.Thread(target=work, args=(expected,)) for expected in commands]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for expected, result in outcomes.items():
-        assert re.search(expected, error_line(result)), result.stderr
-    assert len(outcomes) == len(commands) and before.items() <= state(cache_copy).items()
-    active(cache_copy)
+    full = run("-c", f"{DISK_FULL}; {script}", "prepare.py", "--data", small, env=cache)
+    assert re.search("File too large.*room", error_line(full))
+    assert before.items() <= state(tmp_path).items() and not temporaries(tmp_path)
 
 
-# == Downloads =========================================================================================================
+# == Downloads ===============================================================================================
 
 
-def test_climbmix_fetches_the_validation_shard_first_and_later_only_what_is_missing(hub, forks, tmp_path):
-    env = {"AUTORESEARCH_CACHE": str(tmp_path), "HF_ENDPOINT": hub.endpoint + "/"}
-    two = ready(forks.run("--data", "climbmix", "--num-shards", 2, env=env))
+def test_only_missing_shards_are_fetched(hub, tmp_path):
+    cache = hub.environment(tmp_path) | {"HF_ENDPOINT": hub.endpoint + "/"}
+    two = ready(main("--data", "climbmix", "--num-shards", 2, **cache))
     first, *others = hub.names()
     assert (first, sorted(others)) == (CLIMBMIX_VALIDATION, [CLIMBMIX.format(0), CLIMBMIX.format(1)])
     stored = {path.name: path.read_bytes() for path in tmp_path.rglob("shard_*.parquet")}
     assert stored == {name.rpartition("/")[2]: hub.files[name] for name in (first, *others)}
-    assert len(active(tmp_path).tokens) == 2 and not temporaries(tmp_path)
+    assert len(active(tmp_path).train_paths) == 2 and not temporaries(tmp_path)
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    again = run("prepare.py", "--data", "climbmix", "--num-shards", "2", env=env)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    again = main("--data", "climbmix", "--num-shards", 2, **cache)
     assert ready(again) == two and "nothing to do" in again.stdout and hub.names() == []
-    # a promise about wall time, on a machine that does nothing else
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 6
-
-    three = ready(forks.run("--data", "climbmix", "--num-shards", 3, env=env))
-    assert hub.names() == [CLIMBMIX.format(2)] and three != two and len(active(tmp_path).tokens) == 3
-    assert ready(forks.run("--data", "climbmix", "--num-shards", 2, env=env)) == two
-    assert hub.names() == [] and len(active(tmp_path).tokens) == 2
+    three = ready(main("--data", "climbmix", "--num-shards", 3, **cache))
+    assert hub.names() == [CLIMBMIX.format(2)] and three != two and len(active(tmp_path).train_paths) == 3
+    assert ready(main("--data", "climbmix", "--num-shards", 2, **cache)) == two
+    assert hub.names() == [] and len(active(tmp_path).train_paths) == 2
 
 
 PASSING = {  # a server's manners, and the statuses of its answers until the shard is there
@@ -269,45 +300,38 @@ PASSING = {  # a server's manners, and the statuses of its answers until the sha
     "chunked": (["chunked"], [200]),
     "no length": (["no length"], [200]),
     "more than announced": (["more than announced"], [200]),
+    "redirected": (["redirect"], [302, 200]),
     "redirected and cut": (["redirect", "redirect"], [302, 200, 302, 206]),
+    "reset": (["no answer", "reset", "reset"], [0, 200, 206, 206]),
+    "429 and 503": (["429", "503"], [429, 503, 200]),
     "500 three times": (["500"] * 3, [500, 500, 500, 200]),
 }
 
 
-@pytest.mark.slow
-def test_a_server_that_fails_for_a_while_costs_only_time(hub, forks, tmp_path):
-    """Each shard meets another failure, all in one run; a broken one goes on where it broke."""
-    names = {manner: CLIMBMIX.format(i) for i, manner in enumerate(PASSING)}
-    hub.manners = {names[manner]: iter(manners) for manner, (manners, _) in PASSING.items()}
-    hub.manners["cdn/" + names["redirected and cut"]] = iter(["cut"])
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    ready(forks.run("--data", "climbmix", "--num-shards", len(PASSING), env=env))
-    for manner, (_, statuses) in PASSING.items():
-        requests = [request for request in hub.requests if request.name.removeprefix("cdn/") == names[manner]]
-        assert [request.status for request in requests] == statuses, manner
-        started = [int(request.range[len("bytes=") : -1]) for request in requests if request.status == 206]
-        assert all(0 < a <= b for a, b in itertools.pairwise([*started, 2**60])), (manner, started)
-    for path in tmp_path.rglob("shard_*.parquet"):
-        name = CLIMBMIX_VALIDATION if "06542" in path.name else CLIMBMIX.format(int(path.stem[-5:]))
-        assert path.read_bytes() == hub.files[name], path.name
-
-
-def test_a_connection_that_is_reset_or_refused_is_tried_again(hub, forks, tmp_path):
-    hub.manners = {CLIMBMIX_VALIDATION: iter(["no answer", "reset", "reset"]), CLIMBMIX.format(0): iter(["429", "503"])}
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    result = forks.run("--data", "climbmix", "--num-shards", 1, env=env, first=NO_WAITING)
-    ready(result)
-    assert "slept 3\n" in result.stdout  # as the answer 429 said
-    assert {path.read_bytes() for path in tmp_path.rglob("shard_*.parquet")} == {
-        hub.files[CLIMBMIX_VALIDATION],
-        hub.files[CLIMBMIX.format(0)],
-    }
+@pytest.mark.parametrize("manner", PASSING)
+def test_a_failure_that_passes_costs_only_time(manner, hub, tmp_path, slept):
+    """A download that breaks goes on where it broke."""
+    manners, statuses = PASSING[manner]
+    name = CLIMBMIX.format(3)
+    hub.manners[name] = iter(manners)
+    if manner == "redirected and cut":
+        hub.manners[f"cdn/{name}"] = iter(["cut"])
+    path = tmp_path / "shard_00003.parquet"
+    with environment(**hub.environment(tmp_path)):
+        prepare.download(prepare.CLIMBMIX, [path])
+    assert path.read_bytes() == hub.files[name] and list(tmp_path.iterdir()) == [path]
+    assert [request.status for request in hub.requests] == statuses
+    started = [int(request.range[len("bytes=") : -1]) for request in hub.requests if request.status == 206]
+    assert started == sorted(started)
+    assert manner == "reset" or 0 not in started  # what came before a reset may be lost on its way
+    assert manner != "429 and 503" or 3 in slept  # as the answer 429 said
 
 
 @pytest.mark.parametrize("answer", ["fine", "partial from the start"])
-def test_a_resumed_download_is_never_put_together_from_two_files(answer, hub, forks, tmp_path):
-    """The file is another one when its rest is fetched; or the server sends all of it and calls it the rest."""
-    name, new = CLIMBMIX.format(0), hub.files[CLIMBMIX.format(1)]
+def test_no_file_is_put_together_from_two(answer, hub, tmp_path, slept):
+    """The file is another one when its rest is fetched; or the server sends all of it as the rest."""
+    name = CLIMBMIX.format(0)
+    new = hub.files[CLIMBMIX.format(1)]
 
     def manners() -> Iterator[str]:
         yield "cut"
@@ -316,15 +340,14 @@ def test_a_resumed_download_is_never_put_together_from_two_files(answer, hub, fo
         yield from itertools.repeat(answer)
 
     hub.manners[name] = manners()
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    result = forks.run("--data", "climbmix", "--num-shards", 1, env=env, first=NO_WAITING)
-    assert len([request for request in hub.requests if request.name == name and request.range]) >= 1
-    stored = [path.read_bytes() for path in tmp_path.rglob("shard_00000.parquet")]
+    path = tmp_path / "shard_00000.parquet"
+    with environment(**hub.environment(tmp_path)), contextlib.suppress(prepare.AutoresearchError):
+        prepare.download(prepare.CLIMBMIX, [path])
+    assert any(request.range for request in hub.requests)
     if answer == "fine":
-        ready(result)
-        assert stored == [new]
-    else:
-        assert stored in ([], [hub.files[name]]), "the shard holds its beginning twice"
+        assert path.read_bytes() == new
+    elif path.exists():
+        assert path.read_bytes() == hub.files[name], "the shard holds its beginning twice"
 
 
 FAILING = {
@@ -347,76 +370,107 @@ FAILING = {
 
 
 @pytest.mark.parametrize("manner", FAILING)
-def test_a_failing_download_names_shard_cause_and_remedy_and_is_all_that_is_missing(
-    manner, hub, forks, tmp_path, passages
-):
-    failing, good = CLIMBMIX.format(0), hub.files.copy()
+def test_a_failing_download_names_its_cause(manner, hub, tmp_path, passages, slept):
+    """Shard, address, cause and remedy in one line; nothing but this shard is missing afterwards."""
+    failing = CLIMBMIX.format(0)
     if manner == "no column text":
         hub.files[failing] = parquet(passages[:100], column="words")
     else:
         hub.manners[failing] = itertools.repeat(manner)
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    first = NO_WAITING + (IMPATIENT if manner in ("hold", "stalled") else "")
-    result = forks.run("--data", "climbmix", "--num-shards", 1, env=env, first=first)
-    line = error_line(result)
-    assert re.search(f"shard_00000.parquet.*({FAILING[manner]}).*", line, re.IGNORECASE) and "again" in line, line
+    module = load(**hub.environment(tmp_path))
+    assert max(module.DOWNLOAD_TIMEOUT) <= 60, "without a byte for a minute, a connection is dead"
+    if manner in ("stalled", "hold"):
+        module.DOWNLOAD_TIMEOUT = (0.2, 0.2)
+    line = error_line(
+        main("--data", "climbmix", "--num-shards", 1, module=module, **hub.environment(tmp_path))
+    )
+    assert re.search(f"shard_00000.parquet.*({FAILING[manner]}).*again", line, re.IGNORECASE), line
     assert f"{hub.endpoint}/{failing}" in line
-    waited = sum(float(seconds) for seconds in re.findall(r"slept ([\d.]+)", result.stdout))
-    assert waited <= 30, "it takes too long to say that there is no point in waiting"
-    if first != NO_WAITING:  # without a byte for a minute, a connection is dead
-        timeouts = re.findall(r"timeout \((\d+), (\d+)\)", result.stdout)
-        assert timeouts and all(max(map(int, pair)) <= 60 for pair in timeouts)
+    assert sum(slept) <= 30, "it takes too long to say that there is no point in waiting"
     assert [path.name for path in tmp_path.rglob("shard_*")] == ["shard_06542.parquet"]
+    assert not temporaries(tmp_path)
 
-    hub.release.set()
-    hub.files, hub.manners = good, {}
+
+def test_after_a_failure_the_rest_is_fetched(hub, forks, tmp_path):
+    hub.manners[CLIMBMIX.format(1)] = iter(["404"])
+    command = ("--data", "climbmix", "--num-shards", 2)
+    error_line(forks.run(*command, env=hub.environment(tmp_path)))
+    missing = {CLIMBMIX_VALIDATION, *map(CLIMBMIX.format, range(2))}
+    missing -= {f"{prepare.CLIMBMIX}/{path.name}" for path in tmp_path.rglob("shard_*.parquet")}
+    assert CLIMBMIX.format(1) in missing and CLIMBMIX_VALIDATION not in missing
     hub.names()
-    ready(forks.run("--data", "climbmix", "--num-shards", 1, env=env))
-    assert hub.names() == [failing] and not temporaries(tmp_path)
+    ready(forks.run(*command, env=hub.environment(tmp_path)))
+    assert set(hub.names()) == missing and not temporaries(tmp_path)
 
 
-def test_without_a_network_the_line_names_the_host_and_nothing_is_lost(cache_copy, forks):
+def test_without_a_network_nothing_is_lost(cache_copy, slept):
     before = state(cache_copy)
-    for endpoint, cause in (
-        (closed_port(), "refused"),
-        ("http://no-such-host.invalid", "resol|not known"),
-        ("no-such-scheme", "no-such-scheme"),
-    ):
+    causes = {
+        closed_port(): "refused",
+        "http://no-such-host.invalid": "resol|not known",
+        "no-such-scheme": "no-such-scheme",
+    }
+    for endpoint, cause in causes.items():
         env = {"AUTORESEARCH_CACHE": cache_copy, "HF_ENDPOINT": endpoint, "NO_PROXY": "*"}
-        line = error_line(forks.run("--data", "tinystories", env=env, first=NO_WAITING))
+        line = error_line(main("--data", "tinystories", **env))
         assert re.search(f"tinystories.*({cause}).*HF_ENDPOINT.*again", line), line
         assert before == state(cache_copy)
 
 
-def test_one_shard_that_fails_does_not_wait_for_another_that_hangs(hub, forks, tmp_path):
+@pytest.mark.parametrize("endpoint", [None, ""], ids=["unset", "empty"])
+def test_the_default_hub_is_huggingface(endpoint, tmp_path, slept):
+    """Asked for through a proxy that is not there, so that no request leaves this machine."""
+    proxy = closed_port()
+    variables = {"HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": None, "no_proxy": None}
+    line = error_line(
+        main("--data", "tinystories", AUTORESEARCH_CACHE=tmp_path, HF_ENDPOINT=endpoint, **variables)
+    )
+    assert f"https://huggingface.co/{TINYSTORIES}" in line and "refused" in line
+
+
+@pytest.mark.parametrize("manner", ["fine", "redirect"])
+def test_a_stale_netrc_does_no_harm(manner, hub, tmp_path):
+    """Nobody needs credentials for public files, and with wrong ones the hub refuses."""
+    name = CLIMBMIX.format(0)
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password expired\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    with environment(**hub.environment(tmp_path), HOME=tmp_path, NETRC=None):
+        assert requests.get(f"{hub.endpoint}/{name}").status_code == 401, "the file is not even read"
+        hub.names()
+        hub.manners[name] = iter([manner])
+        prepare.download(prepare.CLIMBMIX, [tmp_path / "shard_00000.parquet"])
+    assert len(hub.requests) == {"fine": 1, "redirect": 2}[manner]
+
+
+def test_a_failing_shard_does_not_wait_for_others(hub, forks, tmp_path):
     hub.manners = {CLIMBMIX.format(0): iter(["hold"]), CLIMBMIX.format(1): itertools.repeat("404")}
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    line = error_line(forks.run("--data", "climbmix", "--num-shards", 3, env=env, timeout=30))
+    command = ("--data", "climbmix", "--num-shards", 3)
+    line = error_line(forks.run(*command, env=hub.environment(tmp_path), timeout=30))
     assert "shard_00001.parquet" in line and "404" in line
 
 
-def test_a_shard_that_was_damaged_on_disk_is_named_and_its_remedy_works(hub, forks, tmp_path):
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    fingerprint = ready(forks.run("--data", "climbmix", "--num-shards", 1, env=env))
+def test_a_damaged_shard_is_fetched_again(hub, tmp_path):
+    command = ("--data", "climbmix", "--num-shards", 1)
+    fingerprint = ready(main(*command, **hub.environment(tmp_path)))
     hub.names()
     path = next(tmp_path.rglob("shard_00000.parquet"))
     path.write_bytes(path.read_bytes()[:-1000])
-    result = forks.run("--data", "climbmix", "--num-shards", 1, env=env)
+    result = main(*command, **hub.environment(tmp_path))
     if result.returncode:
         assert str(path) in error_line(result)
         path.unlink()
-        result = forks.run("--data", "climbmix", "--num-shards", 1, env=env)
+        result = main(*command, **hub.environment(tmp_path))
     assert ready(result) == fingerprint and hub.names() == [CLIMBMIX.format(0)]
     active(tmp_path)
 
 
-def test_on_a_terminal_every_step_shows_its_progress(hub, forks, tmp_path):
+def test_a_terminal_shows_the_progress(hub, forks, tmp_path):
     terminal, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     os.set_blocking(terminal, False)
     first = f"import os; os.dup2(os.open({os.ttyname(slave)!r}, os.O_RDWR), 2)"
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    result = forks.run("--data", "climbmix", "--num-shards", 2, env=env, first=first)
+    command = ("--data", "climbmix", "--num-shards", 2)
+    result = forks.run(*command, env=hub.environment(tmp_path), first=first)
     shown = os.read(terminal, 10**6).decode()
     os.close(terminal)
     os.close(slave)
@@ -424,59 +478,67 @@ def test_on_a_terminal_every_step_shows_its_progress(hub, forks, tmp_path):
     assert all(re.search(rf"{step}: .*\d", shown) for step in ("download", "tokenizer", "tokens")), shown
 
 
-# == Corpora ===========================================================================================================
+# == Corpora =================================================================================================
 
 
-def test_tinystories_is_split_at_exactly_the_suggested_rows(hub, forks, tmp_path, passages):
+def test_tinystories_is_split_at_the_suggested_rows(hub, tmp_path, passages):
     rows = [f"Story {i} is short." for i in range(20_000)] + passages[:300]
     rows[3], rows[12_345], rows[19_999], rows[20_001] = None, "", None, ""  # which still are rows
     hub.files[TINYSTORIES] = parquet(rows)
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    fingerprint = ready(forks.run("--data", "tinystories", env=env))
+    fingerprint = ready(main("--data", "tinystories", **hub.environment(tmp_path)))
     assert hub.names() == [TINYSTORIES]
     assert documents(tmp_path, "val") == list(filter(None, rows[10_000:20_000]))
     assert documents(tmp_path, "train") == list(filter(None, rows[20_000:]))
-    again = forks.run(env=env)  # it is this scale's default
+    again = main(**hub.environment(tmp_path))  # it is this scale's default
     assert ready(again) == fingerprint and "nothing to do" in again.stdout and hub.names() == []
 
 
 @pytest.fixture(scope="module")
-def mixed(forks, passages, tmp_path_factory) -> tuple[Path, Path]:
-    """(source, cache): a folder with every type of file, prepared."""
-    source, cache = (tmp_path_factory.mktemp("mixed") / name for name in ("own data", "cache"))
+def mixed_output(passages, tmp_path_factory) -> tuple[Path, str]:
+    """(cache, output) of a folder with every type of file."""
+    source = tmp_path_factory.mktemp("mixed") / "own data"
+    cache = source.parent / "cache"
     jsonl(source, passages[:250] + passages[200:250] * 2)
-    hard = r'{"text": "lone \ud800 and \udfff, paired \ud83d\ude00, NUL \u0000, \u2028, <|bos|>, \u0627\u0644 e\u0301"}'
+    hard = r'{"text": "lone \ud800 and \udfff, paired \ud83d\ude00, NUL \u0000, \u2028, <|bos|>, e\u0301"}'
     (source / "hard.jsonl").write_text(f'{hard}\n{{"text": ""}}\n{{"text": "other fields", "id": 1}}\n')
     (source / "in" / "here").mkdir(parents=True)
     table = pa.table({"text": pa.array([None, "", *passages[250:500]], pa.large_string()), "id": range(252)})
     pq.write_table(table, source / "in" / "a.parquet")
-    (source / "in" / "here" / "b.txt").write_bytes(b"caf\xe9 \xff\xfe\n\n" + "\n\n".join(passages[500:800]).encode())
+    latin = b"caf\xe9 \xff\xfe\n\n" + "\n\n".join(passages[500:800]).encode()
+    (source / "in" / "here" / "b.txt").write_bytes(latin)
     (source / "c.md").write_text("# Title\n\n" + "".join(passages[800:]), "utf-8")
     (source / "d.csv").write_text("not for training")
     jsonl(source, ["x" * 2**20, " " * 2**20, "".join(passages[:100])], "long.jsonl")
-    ready(forks.run("--data", source, env={"AUTORESEARCH_CACHE": cache}))
-    return source, cache
+    result = main("--data", source, AUTORESEARCH_CACHE=cache)
+    ready(result)
+    return cache, result.stdout
 
 
-def test_a_folder_of_own_data_keeps_every_document_of_every_type_of_file(mixed, passages):
-    found = documents(mixed[1], "train") + documents(mixed[1], "val")
+@pytest.fixture(scope="module")
+def mixed(mixed_output) -> Path:
+    return mixed_output[0]
+
+
+def test_documents_of_every_type_are_kept(mixed, passages):
+    found = documents(mixed, "train") + documents(mixed, "val")
     assert set(passages[:500]) <= set(found) and "other fields" in found
     assert None not in found and "" not in found and "not for training" not in found
     hard = [text for text in found if text.startswith("lone ")]
     assert [re.sub("[?\ufffd]", "R", text) for text in hard] == [
-        "lone R and R, paired \U0001f600, NUL \0, \u2028, <|bos|>, \u0627\u0644 e\u0301"
+        "lone R and R, paired \U0001f600, NUL \0, \u2028, <|bos|>, e\u0301"
     ]
 
 
-def test_token_files_hold_every_document_whole_behind_a_bos_of_its_own(mixed):
-    """As the slow way makes them: encoded one by one, cut where a row is full. (A cut word may encode otherwise.)"""
-    prepared = active(mixed[1])
+def test_token_files_hold_every_document_whole(mixed):
+    """As the slow way makes them: encoded one by one, cut where a row is full."""
+    prepared = active(mixed)
     tokenizer = prepare.Tokenizer.from_directory(prepared.folder)
     bos = tokenizer.get_bos_token_id()
     shards = sorted(prepared.folder.glob("shards*/train_*.parquet"))
-    assert len(shards) == len(prepared.tokens) and any("<|bos|>" in text for text in documents(mixed[1], "train"))
-    for shard, path in zip(shards, prepared.tokens, strict=True):
-        tokens, want = np.fromfile(path, "<u2").tolist(), []
+    assert any("<|bos|>" in text for text in documents(mixed, "train"))
+    for shard, path in zip(shards, prepared.train_paths, strict=True):
+        tokens = np.fromfile(path, "<u2").tolist()
+        want = []
         for text in pq.read_table(shard)["text"].to_pylist():
             for piece in (text[i : i + 100_000] for i in range(0, len(text), 100_000)):
                 ids = tokenizer.encode(piece)
@@ -491,27 +553,33 @@ def test_token_files_hold_every_document_whole_behind_a_bos_of_its_own(mixed):
         assert max(lengths) == prepare.MAX_SEQ_LEN + 1 and starts[0] == 0
 
 
-def test_validation_rows_are_full_rows_of_the_validation_split_and_their_bytes_are_stated(mixed):
-    prepared = active(mixed[1])
-    tokenizer, rows = prepare.Tokenizer.from_directory(prepared.folder), prepared.rows
+def test_validation_rows_are_full_and_stated(mixed_output):
+    cache, output = mixed_output
+    prepared = active(cache)
+    rows = prepared.rows
+    tokenizer = prepare.Tokenizer.from_directory(prepared.folder)
     bos = tokenizer.get_bos_token_id()
     assert rows.shape[1] == prepare.MAX_SEQ_LEN + 1 and (rows[:, 0] == bos).all()
     assert prepare.MIN_VALIDATION_ROWS <= len(rows) <= prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN
-    split = "".join(documents(mixed[1], "val"))
+    split = "".join(documents(cache, "val"))
     for row in rows[::10]:
         pieces = np.split(row, np.flatnonzero(row == bos))
         assert all(tokenizer.decode(piece[1:].tolist()).strip("\ufffd") in split for piece in pieces)
-    text_bytes = sum(len(tokenizer.encoding.decode_bytes([token])) for token in rows[:, 1:].flat if token != bos)
-    stated = str({key: value for key, value in prepared.manifest.items() if "validation" in key}).replace(",", "")
-    assert re.search(rf"\b{len(rows)}\b", stated) and re.search(rf"\b{text_bytes}\b", stated)
+    targets = [token for token in rows[:, 1:].flat if token != bos]
+    text_bytes = sum(len(tokenizer.encoding.decode_bytes([token])) for token in targets)
+    train_tokens = sum(len(np.fromfile(path, "<u2")) for path in prepared.train_paths)
+    stated = f"{train_tokens:,} training tokens; {len(rows):,} validation rows of {text_bytes:,} bytes"
+    assert stated in output
 
 
-def test_text_files_are_cut_at_blank_lines_and_nothing_of_them_is_lost(mixed, passages):
-    found = documents(mixed[1], "train") + documents(mixed[1], "val")
-    txt, md = "caf\ufffd \ufffd\ufffd\n\n" + "\n\n".join(passages[500:800]), "# Title\n\n" + "".join(passages[800:])
+def test_text_is_cut_at_blank_lines_without_loss(mixed, passages):
+    found = documents(mixed, "train") + documents(mixed, "val")
+    txt = "caf\ufffd \ufffd\ufffd\n\n" + "\n\n".join(passages[500:800])
+    md = "# Title\n\n" + "".join(passages[800:])
     for whole in (txt, md):
         assert "\r" not in whole
-        pieces, start = [], 0
+        pieces = []
+        start = 0
         while whole[start:].strip():
             following = [text for text in found if whole.startswith(text, start)]
             assert following, whole[start : start + 200]
@@ -523,45 +591,50 @@ def test_text_files_are_cut_at_blank_lines_and_nothing_of_them_is_lost(mixed, pa
         assert lengths[0] >= 1000 and 2000 <= lengths[len(lengths) // 2] <= 4000
 
 
-def test_validation_is_five_percent_of_the_distinct_documents_and_shares_none_with_training(mixed):
-    train, val = documents(mixed[1], "train"), documents(mixed[1], "val")
+def test_validation_is_5_percent_and_shares_nothing(mixed):
+    train = documents(mixed, "train")
+    val = documents(mixed, "val")
     assert len(set(val)) == len(val) and not set(val) & set(train)
     assert 0.03 < len(val) / len({*train, *val}) < 0.07
     assert max(Counter(train).values()) == 3, "no copies: the claim above was not put to the test"
 
 
-def test_the_split_depends_on_a_document_alone(forks, mixed, passages, tmp_path):
-    """Not on its place, its file, its copies, nor on those beside it."""
-    source = jsonl(tmp_path / "other", random.Random(0).sample(passages[:1000], 990), "z.jsonl")
-    ready(forks.run("--data", source, env={"AUTORESEARCH_CACHE": tmp_path / "cache"}))
-    val, other = (set(documents(cache, "val")) for cache in (mixed[1], tmp_path / "cache"))
-    both = set(passages[:500]) & set(documents(tmp_path / "cache", "train") + list(other))
-    assert len(both) > 450 and len(val & both) > 10
-    # a border drawn by rank moves when documents are added; one drawn by the hash alone does not
-    assert len((val ^ other) & both) <= 2
+def test_the_split_depends_on_a_document_alone(passages):
+    """Not on its place, its copies, nor on those beside it."""
+    others = [f"Line {i}." for i in range(500)]
+    shuffled = random.Random(0).sample(passages + passages + others, 2500)
+    split, other = (
+        {text for name, text in prepare.split_by_hash(texts) if name == "val"}
+        for texts in (passages, shuffled)
+    )
+    assert len(split) > 30 and len(other - set(passages)) > 10
+    assert other & set(passages) == split
 
 
-def test_a_folder_is_built_again_when_a_file_of_it_has_changed_and_only_then(forks, small, tmp_path):
-    source, env = Path(shutil.copytree(small, tmp_path / "own")), {"AUTORESEARCH_CACHE": tmp_path / "cache"}
-    first = ready(forks.run("--data", source, env=env))
-    before = state(tmp_path / "cache")
-    again = forks.run("--data", source, env=env)
-    assert ready(again) == first and "nothing to do" in again.stdout and state(tmp_path / "cache") == before
+def test_a_changed_folder_is_built_again(small, tmp_path):
+    """And one that has not changed is not."""
+    source = Path(shutil.copytree(small, tmp_path / "own"))
+    cache = tmp_path / "cache"
+    first = ready(main("--data", source, AUTORESEARCH_CACHE=cache))
+    before = state(cache)
+    again = main("--data", source, AUTORESEARCH_CACHE=cache)
+    assert ready(again) == first and "nothing to do" in again.stdout and state(cache) == before
 
-    for change in ("add", "edit", "remove"):
-        if change == "add":
-            (source / "more.md").write_text("One more document.\n")
-        elif change == "edit":
-            (source / "more.md").write_text("One less document.\n")
-        else:
-            (source / "more.md").unlink()
-        result = forks.run("--data", source, env=env)
+    more = source / "more.md"
+    changes = {
+        "One more document.\n": lambda: more.write_text("One more document.\n"),
+        "One less document.\n": lambda: more.write_text("One less document.\n"),
+        "": more.unlink,
+    }
+    for text, change in changes.items():
+        change()
+        result = main("--data", source, AUTORESEARCH_CACHE=cache)
         fingerprint = ready(result)
         assert "nothing to do" not in result.stdout
-        found = [text for text in documents(tmp_path / "cache", "train") if text.endswith(" document.\n")]
-        assert found == {"add": ["One more document.\n"], "edit": ["One less document.\n"], "remove": []}[change]
+        found = [text for text in documents(cache, "train") if text.endswith(" document.\n")]
+        assert "".join(found) == text
     assert fingerprint == first
-    assert len(list((tmp_path / "cache").glob("own-*/shards-*"))) == 1, "older builds pile up"
+    assert len(list(cache.glob("own-*/shards-*"))) == 1, "older builds pile up"
 
 
 NUMBERED = parquet([f"text {i}" for i in range(10_000)])
@@ -584,31 +657,36 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("defect", BAD_DATA)
-def test_data_that_cannot_be_used_is_named_and_does_not_become_active(defect, forks, tmp_path):
+def test_data_of_no_use_is_named(defect, tmp_path):
     files, expected = BAD_DATA[defect]
-    (tmp_path / "own").mkdir()
+    source = tmp_path / "own"
+    source.mkdir()
     for name, content in files.items():
-        (tmp_path / "own" / name).write_bytes(content)
-    result = forks.run("--data", tmp_path / "own", env={"AUTORESEARCH_CACHE": tmp_path / "cache"})
+        (source / name).write_bytes(content)
+    result = main("--data", source, AUTORESEARCH_CACHE=tmp_path / "cache")
     assert re.search(expected, error_line(result)), result.stderr
     assert not temporaries(tmp_path) and not (tmp_path / "cache" / "active-small").exists()
-    assert all((tmp_path / "own" / name).read_bytes() == content for name, content in files.items())
+    assert all((source / name).read_bytes() == content for name, content in files.items())
 
 
-def test_a_corpus_that_is_too_small_says_so_and_more_text_mends_it(forks, passages, tmp_path):
-    env = {"AUTORESEARCH_CACHE": tmp_path / "cache"}
+def test_a_small_corpus_is_mended_by_more_text(passages, few, tmp_path):
+    cache = tmp_path / "cache"
     source = jsonl(tmp_path / "own", [text[:40] for text in passages[:100]])
-    assert re.search(r"\b\d+ tokens, not 2,048.*more", error_line(forks.run("--data", source, env=env)))
+    line = error_line(main("--data", source, AUTORESEARCH_CACHE=cache))
+    assert re.search(r"\b\d+ tokens, not 2,048.*more", line)
     jsonl(source, passages[:400])
-    assert re.search(r"\b\d+ rows.* 64 .*more", error_line(forks.run("--data", source, env=env)))
-    assert not (tmp_path / "cache" / "active-small").exists()
-    jsonl(source, passages[:1100])
-    ready(forks.run("--data", source, env=env))
-    active(tmp_path / "cache")
+    line = error_line(main("--data", source, AUTORESEARCH_CACHE=cache))
+    assert re.search(r"\b\d+ rows.* 64 .*more", line)
+    assert not (cache / "active-small").exists()
+    jsonl(source, few)
+    ready(main("--data", source, AUTORESEARCH_CACHE=cache))
+    active(cache)
 
 
-def test_python_sources_become_distinct_pieces_in_an_order_of_their_own_and_stay_frozen(forks, corpus, tmp_path):
-    root, files = tmp_path / "lib", sorted(corpus.iterdir())
+def test_python_sources_become_distinct_pieces(forks, corpus, tmp_path):
+    """In an order of their own, so that their files' names do not matter; once built they are frozen."""
+    root = tmp_path / "lib"
+    files = sorted(corpus.iterdir())
 
     def prepared(cache: str) -> str:
         first = f"import sysconfig; sysconfig.get_path = lambda *_, **__: {str(root)!r}"
@@ -622,41 +700,28 @@ def test_python_sources_become_distinct_pieces_in_an_order_of_their_own_and_stay
     (root / "site-packages").mkdir()
     (root / "site-packages" / "foreign.py").write_text("# of another environment\n" * 100)
     fingerprint = prepared("cache")
-    train, val = (documents(tmp_path / "cache", split) for split in ("train", "val"))
-    assert len(set(train + val)) == len(train + val) > 400
-    assert not any("another environment" in text or "is no UTF-8" in text for text in train + val)
+    pieces = documents(tmp_path / "cache", "train") + documents(tmp_path / "cache", "val")
+    assert len(set(pieces)) == len(pieces) > 400
+    assert not any("another environment" in text or "is no UTF-8" in text for text in pieces)
     wholes = [path.read_text("utf-8") for path in files]
     everything = "\n" + "\n".join(wholes)
-    assert all("\n" + text in everything for text in train + val)
-    definitions = sum(bool(re.match(r"(@|class |def |async def )", text)) for text in train + val)
-    lengths = sorted(map(len, train + val))
+    assert all("\n" + text in everything for text in pieces)
+    definitions = sum(bool(re.match(r"(@|class |def |async def )", text)) for text in pieces)
+    lengths = sorted(map(len, pieces))
     assert definitions > 0.1 * len(lengths) and 600 < np.median(lengths) < 1000 and lengths[-2] < 2000
-    assert sum(map(len, train + val)) > 0.95 * sum(map(len, wholes))
+    assert sum(lengths) > 0.95 * sum(map(len, wholes))
 
     shutil.rmtree(root / "package")  # other names, the same text: what counts is the content
     for i, path in enumerate(sorted(root.glob("copy_of_*"), reverse=True)):
         path.rename(root / f"{i:03}.py")
     assert prepared("other") == fingerprint
-    assert state(active(tmp_path / "other").folder / "shards") == state(active(tmp_path / "cache").folder / "shards")
+    first, other = (state(active(tmp_path / cache).folder / "shards") for cache in ("cache", "other"))
+    assert first == other
     (root / "more.py").write_text("def more(): pass\n" * 100)
     assert prepared("cache") == fingerprint
 
 
-# == The prepared folder ===============================================================================================
-
-
-@pytest.fixture
-def own(small: Path, forks: Forks, tmp_path: Path, own_cache: Path) -> tuple[Path, dict]:
-    """(cache, environment) with `small` prepared, to be damaged."""
-    cache = Path(shutil.copytree(own_cache, tmp_path / "cache"))
-    return cache, {"AUTORESEARCH_CACHE": cache}
-
-
-@pytest.fixture(scope="module")
-def own_cache(small: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = tmp_path_factory.mktemp("own") / "cache"
-    ready(forks.run("--data", small, env={"AUTORESEARCH_CACHE": cache}))
-    return cache
+# == The prepared folder =====================================================================================
 
 
 def replaced(value: object, old: object, new: object) -> object:
@@ -679,178 +744,173 @@ MANIFESTS = {
     "nothing": lambda manifest: "null",
     "a text": lambda manifest: '"layout"',
     "rubbish": lambda manifest: "\0\ufffd",
-    "no files": lambda manifest: json.dumps({key: value for key, value in manifest.items() if key != "files"}),
-    "numbers for names": lambda manifest: json.dumps({key: 5 if key == "files" else manifest[key] for key in manifest}),
+    "no files": lambda manifest: json.dumps({key: manifest[key] for key in manifest if key != "files"}),
+    "numbers for names": lambda manifest: json.dumps(manifest | {"files": 5}),
 }
 
 
-def test_a_folder_of_another_version_or_scale_or_with_a_damaged_manifest_is_prepared_again(own, small, forks):
-    cache, env = own
-    path = active(cache).folder / "manifest.json"
-    good, fingerprint = path.read_text(), ready(forks.run("--data", small, env=env))
-    for defect, edit in MANIFESTS.items():
-        path.write_text(edit(json.loads(good)))
-        assert path.read_text() != good, defect
-        result = forks.run("--data", small, env=env)
-        assert ready(result) == fingerprint and "nothing to do" not in result.stdout, defect
-        assert json.loads(path.read_text()) == json.loads(good), defect
-        active(cache)
+@pytest.mark.parametrize("defect", MANIFESTS)
+def test_a_damaged_manifest_is_made_again(defect, own, small):
+    """So is the folder of another version or scale."""
+    path = active(own).folder / "manifest.json"
+    good = path.read_text()
+    path.write_text(MANIFESTS[defect](json.loads(good)))
+    assert path.read_text() != good
+    result = main("--data", small, AUTORESEARCH_CACHE=own)
+    ready(result)
+    assert "nothing to do" not in result.stdout
+    assert json.loads(path.read_text()) == json.loads(good)
+    active(own)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter"])
 @pytest.mark.parametrize("kind", ["shards", "tokens"])
 @pytest.mark.slow
-def test_a_file_that_is_gone_or_has_another_length_is_made_again(kind, damage, forks, passages, tmp_path):
+def test_a_damaged_file_is_made_again(kind, damage, few, tmp_path):
     """Never taken as it is, nor done without: a new manifest would vouch for it."""
-    source = jsonl(tmp_path / "own", passages[:1000] + [f"Line {i}.\n" for i in range(20_000)])
-    cache, env = tmp_path / "cache", {"AUTORESEARCH_CACHE": tmp_path / "cache"}
-    ready(forks.run("--data", source, env=env))
-    before, folder = state(cache), active(cache).folder
-    names = [name for name in before if name.startswith(f"{folder.name}/{kind}")]
+    source = jsonl(tmp_path / "own", few + [f"Line {i}.\n" for i in range(20_000)])
+    cache = tmp_path / "cache"
+    ready(main("--data", source, AUTORESEARCH_CACHE=cache))
+    before = state(cache)
+    names = [name for name in before if name.startswith(f"{active(cache).folder.name}/{kind}")]
     assert len(names) >= {"shards": 3, "tokens": 5}[kind]
     for name in names:
         content = (cache / name).read_bytes()
         (cache / name).unlink()
         if damage == "shorter":
             (cache / name).write_bytes(content[: len(content) // 4 * 2])
-        result = forks.run("--data", source, env=env)
+        result = main("--data", source, AUTORESEARCH_CACHE=cache)
         assert result.returncode == 0 or name in error_line(result), (name, result.stderr)
         if result.returncode:  # then the line says that the file is to be deleted
             (cache / name).unlink(missing_ok=True)
-            ready(forks.run("--data", source, env=env))
+            ready(main("--data", source, AUTORESEARCH_CACHE=cache))
         after = state(cache)
-        assert after == before, (name, [key for key in {*after, *before} if after.get(key) != before.get(key)])
+        assert after == before, (
+            name,
+            [key for key in {*after, *before} if after.get(key) != before.get(key)],
+        )
 
 
-def test_the_active_corpus_is_switched_at_once_or_not_at_all(own, small, passages, forks, tmp_path):
-    """Killed before or after each rename that has to do with it, the marker names the one or the other, complete."""
-    cache, env = own
-    ours, seen = active(cache).folder, set()
-    other = jsonl(tmp_path / "other", passages[200:])
-    ready(forks.run("--data", other, env=env))
-    theirs = active(cache).folder
-    kill = """
-import os, signal
-replace, left = os.replace, [{}]
-def replace_or_die(source, target):
-    for step in (lambda: replace(source, target), lambda: None):
-        if "active" in str(target):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        step()
-os.replace = replace_or_die
-"""
-    for steps in range(10):
-        ready(forks.run("--data", small, env=env))
-        assert active(cache).folder == ours
-        result = forks.run("--data", other, env=env, first=kill.format(steps))
-        assert active(cache).folder in (ours, theirs)
-        seen.add(active(cache).folder)
-        if result.returncode == 0:
-            break
+def test_the_active_corpus_switches_at_once_or_not(own, small, few, forks, tmp_path):
+    """Killed before or after each rename that has to do with it, the marker names a complete folder."""
+    ours = active(own).folder
+    other = jsonl(tmp_path / "other", few[:-50])
+    ready(main("--data", other, AUTORESEARCH_CACHE=own))
+    theirs = active(own).folder
+    seen = []
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    for after in (False, True):
+        ready(main("--data", small, AUTORESEARCH_CACHE=own))
+        assert active(own).folder == ours
+        first = AT_RENAME.format(which=OF_THE_MARKER, after=after, action=kill)
+        result = forks.run("--data", other, env={"AUTORESEARCH_CACHE": own}, first=first)
         assert result.returncode == -signal.SIGKILL
-    assert steps >= 2 and seen == {ours, theirs} and active(cache).folder == theirs
+        seen.append(active(own).folder)
+    assert seen == [ours, theirs]
 
 
-# == Interruption, a full disk, others =================================================================================
+# == Interruption, a full disk, others =======================================================================
 
 ENDS = {
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, None),
     "terminated": ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, None),
     "interrupted": ("os.kill(os.getpid(), signal.SIGINT)", 1, "interrupted.*again"),
-    "disk full": ("resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))", 1, r"File too large.*(room|space)"),
+    "disk full": (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))",
+        1,
+        r"File too large.*(room|space)",
+    ),
 }
+SLOW_ENDS = [pytest.param(end, marks=() if end == "killed" else pytest.mark.slow) for end in ENDS]
 
 
-@pytest.mark.parametrize("end", [pytest.param(end, marks=SLOW if end == "terminated" else ()) for end in ENDS])
-@pytest.mark.slow
-def test_ended_after_every_file_that_it_completes_it_still_comes_to_the_same(end, own_cache, hub, forks, tmp_path):
+@pytest.mark.parametrize("end", SLOW_ENDS)
+def test_ended_after_each_file_it_comes_to_the_same(end, own, hub, forks, tmp_path):
     """Every run completes one more file, then it ends; another corpus stays active until all is done."""
-    cache = Path(shutil.copytree(own_cache, tmp_path / "cache"))
     action, returncode, expected = ENDS[end]
-    before, ours = state(cache), active(cache).folder
-    env = {"AUTORESEARCH_CACHE": cache, "HF_ENDPOINT": hub.endpoint}
-    arguments, first = ("--data", "climbmix", "--num-shards", 2), AFTER_NEXT_NEW_FILE.format(action)
-    for runs in itertools.count():
-        result = forks.run(*arguments, env=env, first=first)
-        if result.returncode == 0 or runs == 20:
-            break
-        assert result.returncode == returncode, result.stderr
-        assert not expected or re.search(expected, error_line(result)), result.stderr
-        assert active(cache).folder == ours and before.items() <= state(cache).items()
-    assert 6 <= runs < 20  # shards, tokenizer, token files, rows, manifest
-    undisturbed = forks.run(*arguments, env=env | {"AUTORESEARCH_CACHE": tmp_path / "undisturbed"})
-    again = forks.run(*arguments, env=env)
+    before = state(own)
+    ours = active(own).folder
+    command = ("--data", "climbmix", "--num-shards", 2)
+    first = AT_RENAME.format(which=OF_A_NEW_FILE, after=True, action=action)
+    completed = 0
+    while active(own).folder == ours:
+        result = forks.run(*command, env=hub.environment(own), first=first)
+        completed += 1
+        assert completed < 20
+        if result.returncode:
+            assert result.returncode == returncode, result.stderr
+            assert not expected or re.search(expected, error_line(result)), result.stderr
+        assert before.items() <= state(own).items() or active(own).folder != ours
+    assert completed > 6  # shards, tokenizer, token files, rows, manifest
+    undisturbed = main(*command, **hub.environment(tmp_path / "undisturbed"))
+    again = main(*command, **hub.environment(own))
     assert ready(again) == ready(undisturbed) and "nothing to do" in again.stdout
-    folder, twin = active(cache).folder, active(tmp_path / "undisturbed").folder
-    assert state(folder) == state(twin) and not temporaries(cache)
+    twin = active(tmp_path / "undisturbed").folder
+    assert state(active(own).folder) == state(twin) and not temporaries(own)
 
 
-def ends_at_random_moments(forks: Forks, source: Path, folder: Path, moments: int, signals: list[int]) -> None:
+@pytest.mark.slow
+def test_ended_at_random_moments_it_comes_to_the_same(forks, small, tmp_path):
     """Every time from an empty cache, and once more until it is ready."""
-    twin = folder / "undisturbed"
+    twin = tmp_path / "undisturbed"
     began = time.monotonic()
-    fingerprint = ready(forks.run("--data", source, env={"AUTORESEARCH_CACHE": twin}))
-    seconds, rng, ended = time.monotonic() - began, random.Random(moments), 0
+    job = forks.run("--data", small, env={"AUTORESEARCH_CACHE": twin})
+    seconds = time.monotonic() - began
+    ready(job)
+    fingerprint = ready(main("--data", small, AUTORESEARCH_CACHE=twin))
+    rng = random.Random(0)
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    moments = 18
+    ended = 0
     for i in range(moments):
-        cache = folder / f"disturbed-{i}"
-        job = forks.start("--data", source, env={"AUTORESEARCH_CACHE": cache})
-        job.read("pid", 10)
+        cache = tmp_path / f"disturbed-{i}"
+        job = forks.start("--data", small, env={"AUTORESEARCH_CACHE": cache})
         time.sleep(0.9 * seconds * (i + rng.random()) / moments)
         job.kill(signals[i % len(signals)])
         ended += job.wait().returncode != 0
-        assert ready(forks.run("--data", source, env={"AUTORESEARCH_CACHE": cache})) == fingerprint
+        assert ready(main("--data", small, AUTORESEARCH_CACHE=cache)) == fingerprint
         assert state(active(cache).folder) == state(active(twin).folder) and not temporaries(cache)
         shutil.rmtree(cache)
     assert ended >= moments // 2, "it had nearly always ended before: nothing was put to the test"
 
 
-def test_killed_at_random_moments_it_comes_to_the_same(forks, small, tmp_path):
-    ends_at_random_moments(forks, small, tmp_path, 3, [signal.SIGKILL])
-
-
-@SLOW
-def test_ended_at_thirty_random_moments_it_comes_to_the_same(forks, small, tmp_path):
-    ends_at_random_moments(forks, small, tmp_path, 30, [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-
-
-def test_ctrl_c_during_a_download_is_one_line_and_the_rest_is_fetched_later(hub, forks, tmp_path):
+def test_ctrl_c_during_a_download_is_one_line(hub, forks, tmp_path):
     hub.manners[CLIMBMIX.format(1)] = iter(["hold"])
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    job = forks.start("--data", "climbmix", "--num-shards", 2, env=env)
+    command = ("--data", "climbmix", "--num-shards", 2)
+    job = forks.start(*command, env=hub.environment(tmp_path))
     until(lambda: len(hub.requests) == 3 and list(tmp_path.rglob("shard_00000.parquet")))
     job.kill(signal.SIGINT)
     assert re.search("interrupted.*again", error_line(job.wait(20)))
     hub.release.set()
     hub.names()
-    ready(forks.run("--data", "climbmix", "--num-shards", 2, env=env))
+    ready(main(*command, **hub.environment(tmp_path)))
     assert hub.names() == [CLIMBMIX.format(1)] and not temporaries(tmp_path)
 
 
-@SLOW
-def test_at_full_scale_documents_stay_whole(hub, forks, passages, tmp_path):
+@pytest.mark.slow
+def test_at_full_scale_documents_stay_whole(hub, passages, tmp_path):
     paths = sorted(write_corpus(tmp_path / "corpus", 4).iterdir())
     train = ["x" * 250_000, *(path.read_text("utf-8") for path in paths)]
     hub.files |= {CLIMBMIX_VALIDATION: parquet(passages), CLIMBMIX.format(0): parquet(train)}
-    env = {"AUTORESEARCH_CACHE": tmp_path / "cache", "HF_ENDPOINT": hub.endpoint, "AUTORESEARCH_SCALE": "full"}
-    ready(forks.run("--num-shards", 1, env=env))  # climbmix is what this scale is for
-    folder = tmp_path / "cache" / (tmp_path / "cache" / "active-full").read_text()
+    cache = tmp_path / "cache"
+    # climbmix is what this scale is for
+    ready(main("--num-shards", 1, **hub.environment(cache), AUTORESEARCH_SCALE="full"))
+    folder = cache / (cache / "active-full").read_text()
     manifest = json.loads((folder / "manifest.json").read_text())
     tokens = np.fromfile(folder / manifest["train"][0], "<u2")
     lines = (folder / manifest["tokenizer"]).read_text().splitlines()
     assert len(lines) == 8192 - 4
     starts = np.flatnonzero(tokens == 8192 - 4)
-    assert len(starts) == sum(-(-len(text) // 100_000) for text in train)  # cut at 100,000 characters, nowhere else
+    assert len(starts) == sum(-(-len(text) // 100_000) for text in train)  # cut there, and nowhere else
     assert np.diff(starts).max() > 2049
 
 
-def test_a_second_prepare_of_the_same_corpus_is_refused_and_the_first_unharmed(hub, forks, tmp_path):
+def test_a_second_prepare_of_a_corpus_is_refused(hub, forks, tmp_path):
     hub.manners[CLIMBMIX.format(0)] = iter(["hold"])
-    env = {"AUTORESEARCH_CACHE": tmp_path, "HF_ENDPOINT": hub.endpoint}
-    first = forks.start("--data", "climbmix", "--num-shards", 1, env=env)
+    command = ("--data", "climbmix", "--num-shards", 1)
+    first = forks.start(*command, env=hub.environment(tmp_path))
     until(lambda: len(hub.requests) == 2)
-    line = error_line(forks.run("--data", "climbmix", "--num-shards", 1, env=env))
+    line = error_line(main(*command, **hub.environment(tmp_path)))
     assert re.search("another prepare.py.*wait", line) and first.returncode is None
     assert len(hub.requests) == 2
     hub.release.set()
@@ -859,40 +919,41 @@ def test_a_second_prepare_of_the_same_corpus_is_refused_and_the_first_unharmed(h
     assert not temporaries(tmp_path)
 
 
-def test_two_folders_of_one_name_are_prepared_side_by_side(forks, small, passages, tmp_path):
+def test_two_folders_of_one_name_side_by_side(forks, small, few, tmp_path):
     cache = tmp_path / "cache"
-    other = jsonl(tmp_path / "other" / small.name, passages[200:])
+    other = jsonl(tmp_path / "other" / small.name, few[:-50])
     jobs = [forks.start("--data", source, env={"AUTORESEARCH_CACHE": cache}) for source in (small, other)]
     assert ready(jobs[0].wait()) != ready(jobs[1].wait())
     last = active(cache).folder
-    again = [forks.run("--data", source, env={"AUTORESEARCH_CACHE": cache}) for source in (small, other)]
-    assert all(ready(job) and "nothing to do" in job.stdout for job in again)
+    again = [main("--data", source, AUTORESEARCH_CACHE=cache) for source in (small, other)]
+    assert all(ready(result) and "nothing to do" in result.stdout for result in again)
     assert last.parent == cache and len(list(cache.glob(f"{small.name}-*/manifest.json"))) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_that_leaves_it_as_it_was(own, small, passages, forks, tmp_path):
-    cache, env = own
-    other, before = jsonl(tmp_path / "other", passages[200:]), state(cache)
+def test_a_read_only_cache_stays_as_it_was(own, few, forks, tmp_path):
+    other = jsonl(tmp_path / "other", few[:-50])
+    before = state(own)
     with contextlib.ExitStack() as stack:
-        for folder in (cache, *(path for path in cache.rglob("*") if path.is_dir())):
+        for folder in (own, *(path for path in own.rglob("*") if path.is_dir())):
             stack.callback(folder.chmod, folder.stat().st_mode & 0o777)
             folder.chmod(0o555)
-        line = error_line(forks.run("--data", other, env=env, first=NOT_ROOT))
-    assert str(cache) in line and "Permission denied" in line and "AUTORESEARCH_CACHE" in line
-    assert state(cache) == before
+        line = error_line(forks.run("--data", other, env={"AUTORESEARCH_CACHE": own}, first=NOT_ROOT))
+    assert str(own) in line and "Permission denied" in line and "AUTORESEARCH_CACHE" in line
+    assert state(own) == before
 
-    (tmp_path / "file").write_text("in the way")
-    line = error_line(forks.run("--data", other, env={"AUTORESEARCH_CACHE": tmp_path / "file"}))
-    assert str(tmp_path / "file") in line and "AUTORESEARCH_CACHE" in line
-    assert (tmp_path / "file").read_text() == "in the way"
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("in the way")
+    line = error_line(main("--data", other, AUTORESEARCH_CACHE=in_the_way))
+    assert str(in_the_way) in line and "AUTORESEARCH_CACHE" in line
+    assert in_the_way.read_text() == "in the way"
 
 
-def test_own_data_that_cannot_be_read_is_not_called_damaged(small, forks, tmp_path):
+@pytest.mark.parametrize("name", ["secret.txt", "secret.parquet", "secret.jsonl"])
+def test_unreadable_data_is_not_called_damaged(name, small, forks, tmp_path):
     source = Path(shutil.copytree(small, tmp_path / "own"))
-    for name in ("secret.txt", "secret.parquet", "secret.jsonl"):
-        (source / name).write_bytes(parquet(["secret"]))
-        (source / name).chmod(0)
-        line = error_line(forks.run("--data", source, env={"AUTORESEARCH_CACHE": tmp_path / "cache"}, first=NOT_ROOT))
-        assert str(source / name) in line and "Permission denied" in line
-        assert "AUTORESEARCH_CACHE" not in line and "make room" not in line, "the remedy is for another ill"
-        (source / name).unlink()
+    (source / name).write_bytes(parquet(["secret"]))
+    (source / name).chmod(0)
+    env = {"AUTORESEARCH_CACHE": tmp_path / "cache"}
+    line = error_line(forks.run("--data", source, env=env, first=NOT_ROOT))
+    assert str(source / name) in line and "Permission denied" in line
+    assert "AUTORESEARCH_CACHE" not in line and "make room" not in line, "the remedy is for another ill"

@@ -1,10 +1,12 @@
-"""A stand-in for huggingface.co: real HTTP on 127.0.0.1 that serves real parquet, and misbehaves where it is told to.
+"""A stand-in for huggingface.co: real HTTP on loopback that serves real parquet, and misbehaves when told to.
 
 with Hub() as hub:
     hub.files[CLIMBMIX.format(0)] = parquet(["some text"])
     hub.manners[CLIMBMIX.format(0)] = iter(["cut"])     # the first request; after that everything is fine
-    run("prepare.py", "--data", "climbmix", env={"HF_ENDPOINT": hub.endpoint})
+    main("--data", "climbmix", **hub.environment(folder))
     assert hub.requests == [...]
+
+Like the real one it refuses whoever sends credentials that it does not know, and it knows none.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -44,16 +47,20 @@ class Request(NamedTuple):
 
 
 class Hub:
-    """`files` by path, `manners` by path (an iterator, one for each request), and `requests` as they came in."""
+    """`files` by path, `manners` by path (an iterator, one a request), and `requests` as they came in."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.manners: dict[str, Iterator[str]] = {}
         self.requests: list[Request] = []
-        self.arrived, self.release = threading.Semaphore(0), threading.Event()
+        self.release = threading.Event()
         self.server = Server(("127.0.0.1", 0), Handler)
         self.server.hub = self
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        """The variables with which prepare.py finds this hub."""
+        return {"AUTORESEARCH_CACHE": str(cache), "HF_ENDPOINT": self.endpoint, "NO_PROXY": "*"}
 
     def names(self) -> list[str]:
         """The files that were asked for since the last call."""
@@ -72,7 +79,8 @@ class Hub:
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads, block_on_close = True, False
+    daemon_threads = True
+    block_on_close = False
     request_queue_size = 64
     hub: Hub
 
@@ -92,17 +100,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        hub, name = self.server.hub, self.path.lstrip("/")
+        hub = self.server.hub
+        name = self.path.lstrip("/")
         manner = next(hub.manners.get(name, iter(())), "fine")
         asked = self.headers.get("Range")
         self.body = hub.files.get(name.removeprefix("cdn/"), b"")
-        start, status = 0, 200
+        self.partial = {}
         if manner == "hold":  # nothing comes before the test says so
             hub.requests.append(Request(name, asked, 0))
-            hub.arrived.release()
             hub.release.wait()
             return self.answer(200, len(self.body), self.body)
-        if not self.body or manner == "404":
+
+        start = 0
+        status = 200
+        if self.headers.get("Authorization"):
+            status = 401
+        elif not self.body or manner == "404":
             status = 404
         elif manner.isdigit():
             status = int(manner)
@@ -111,15 +124,18 @@ class Handler(BaseHTTPRequestHandler):
         elif manner == "partial from the start":
             status = 206
         elif asked and manner != "no ranges" and self.headers.get("If-Range", self.etag) == self.etag:
-            start, status = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
-        hub.requests.append(Request(name, asked, status))
-        hub.arrived.release()
-        body, whole = self.body[start:], len(self.body)
-        self.partial = {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"} if status == 206 else {}
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            status = 206
+        hub.requests.append(Request(name, asked, 0 if manner == "no answer" else status))
+        if status == 206:
+            self.partial["Content-Range"] = f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"
+        self.behave(manner, status, self.body[start:])
+
+    def behave(self, manner: str, status: int, body: bytes) -> None:
         half = body[: len(body) // 2]
         match manner:
             case "no answer":
-                self.requests_none()
+                self.hang_up(reset=True)
             case "fine" | "partial from the start" if status < 400:
                 self.answer(status, len(body), body)
             case "no ranges":
@@ -147,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
                 page = b"<!DOCTYPE html><title>Sign in to the wireless network</title>" * 100
                 self.answer(200, len(page), page, Content_Type="text/html")
             case "redirect":
-                self.answer(302, 0, b"", Location=f"/cdn/{name}")
+                self.answer(302, 0, b"", Location=f"/cdn/{self.path.lstrip('/')}")
             case "redirect to itself":
                 self.answer(302, 0, b"", Location=self.path)
             case "429":
@@ -159,17 +175,16 @@ class Handler(BaseHTTPRequestHandler):
     def etag(self) -> str:
         return f'"{hashlib.sha256(self.body).hexdigest()}"'
 
-    def requests_none(self) -> None:
-        self.server.hub.requests[-1] = self.server.hub.requests[-1]._replace(status=0)
-        self.hang_up(reset=True)
-
-    def answer(self, status: int, length: int | None, body: bytes, close=False, reset=False, hold=False, **more):
-        headers = {"ETag": self.etag} | getattr(self, "partial", {}) | {k.replace("_", "-"): v for k, v in more.items()}
+    def answer(
+        self, status: int, length: int | None, body: bytes, close=False, reset=False, hold=False, **more
+    ) -> None:
+        headers = {"ETag": self.etag} | self.partial
+        headers |= {name.replace("_", "-"): value for name, value in more.items()}
         headers |= {"Content-Length": length, "Connection": "close" if close else None}
         self.send_response(status)
-        for key, value in headers.items():
+        for name, value in headers.items():
             if value is not None:
-                self.send_header(key, str(value))
+                self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()

@@ -1,0 +1,166 @@
+"""The morning report, over nights that were written as records, and over a real one."""
+
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from helpers.lab import BETTER, COLUMNS, TRAIN, Lab
+from helpers.records import record, write_night, write_records
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    raw = path.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[-8:-4] == b"IEND"
+    assert len(raw) > 10_000
+    return struct.unpack(">II", raw[16:24])
+
+
+@pytest.mark.parametrize(
+    "count, only_crashes",
+    [(1, False), (40, False), (5, True), pytest.param(150, False, marks=pytest.mark.slow)],
+    ids=["one run", "40 runs", "crashes", "150 runs"],
+)
+def test_the_report_counts_compares_and_draws(tmp_path, count, only_crashes):
+    lab, records = write_night(tmp_path / "night", count, only_crashes)
+    before = lab.state()
+    outcome = lab.report()
+    assert lab.state() == before
+    assert lab.rows() == [
+        {name: row[name] for name in COLUMNS} | {"code": row["code"][:12]} for row in records
+    ]
+    assert png_size(lab.folder / "progress.png") == (1440, 720)
+
+    kept = [row for row in records if row["status"] == "keep"]
+    failed = sum(row["val_bpb"] == "nan" for row in records)
+    first, second, *rest = outcome.output.splitlines()
+    hours = count * 380 / 3600
+    assert first == f"{count} experiments in {hours:.1f} hours of running, {count / hours:.1f} per hour"
+    dropped = count - failed - len(kept)
+    assert second == f"{len(kept)} kept, {dropped} dropped or repeated, {failed} without a score"
+    assert rest[-1] == f"chart: {lab.folder / 'progress.png'}"
+    if only_crashes:
+        assert kept == [] and failed == 5 and "->" not in outcome.output
+        return
+    values = [float(row["val_bpb"]) for row in kept]
+    best = min(values)
+    assert rest[0].startswith(f"val_bpb {values[0]:.6f} -> {best:.6f} ({best - values[0]:+.6f}, ")
+    expected = []
+    for row, value, before in zip(kept, values, [None, *values], strict=False):
+        gain = f"{value - before:+.6f}" if before else "-"
+        expected.append([row["commit"], f"{value:.6f}", gain, row["description"]])
+    shown = [line.split(maxsplit=3) for line in rest if line[:7] in {row["commit"] for row in kept}]
+    assert shown == expected[-20:]
+    assert ("the last 20 of" in outcome.output) == (len(kept) > 20)
+    assert len(kept) > count / 20 and (count < 40 or failed)
+
+
+def test_the_report_of_a_real_night(begun):
+    lab = begun
+    rows = lab.rows()
+    mean = (float(rows[0]["val_bpb"]) + float(rows[1]["val_bpb"])) / 2
+    outcome = lab.report()
+    assert f"\n{rows[0]['commit']}  {mean:.6f}          -  baseline\n" in outcome.output, "over both seeds"
+    assert f"\npending: {rows[2]['commit']}  {rows[2]['val_bpb']}  maybe: 4 -> 7 steps\n" in outcome.output
+    lab.edit(BETTER)
+    keep = lab.run("4 -> 7 steps")
+    last = lab.rows()[-1]
+    assert f"pending: {last['commit']}  {last['val_bpb']}  keep: 4 -> 7 steps\n" in lab.report().output
+    lab.sh(keep.next)
+    outcome = lab.report()
+    assert "pending" not in outcome.output
+    assert "2 kept, 2 dropped or repeated, 0 without a score" in outcome.output
+
+
+@pytest.fixture(scope="module")
+def kept(night, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A night whose candidate was kept."""
+    lab = Lab.copy(night[0], tmp_path_factory.mktemp("kept") / "repository")
+    lab.edit(BETTER)
+    lab.sh(lab.run("4 -> 7 steps").next)
+    return lab
+
+
+def amend(lab: Lab) -> None:
+    lab.git("commit", "-q", "--amend", "-m", "better words")
+
+
+def rebase(lab: Lab) -> None:
+    lab.git("branch", "night")
+    lab.git("reset", "-q", "--hard", "HEAD~3")
+    (lab.folder / "notes").write_text("meanwhile\n")
+    lab.git("add", "notes")
+    lab.git("commit", "-qm", "meanwhile")
+    lab.git("rebase", "-q", "main", "night")
+
+
+def squash(lab: Lab) -> None:
+    lab.git("branch", "night")
+    lab.git("reset", "-q", "--hard", "HEAD~2")
+    lab.git("merge", "-q", "--squash", "night")
+    lab.git("commit", "-qm", "a night")
+
+
+def cherry_pick(lab: Lab) -> None:
+    lab.git("branch", "night")
+    lab.git("reset", "-q", "--hard", "HEAD~1")
+    (lab.folder / "notes").write_text("meanwhile\n")
+    lab.git("add", "notes")
+    lab.git("commit", "-qm", "meanwhile")
+    lab.git("cherry-pick", "night")
+
+
+@pytest.mark.parametrize(
+    "rewrite", [amend, rebase, squash, cherry_pick], ids=lambda rewrite: rewrite.__name__
+)
+def test_codes_count_and_not_hashes(kept, tmp_path, rewrite):
+    lab = Lab.copy(kept, tmp_path / "copy")
+    commit = lab.rows()[-1]["commit"]
+    assert lab.git("rev-parse", "--short", "HEAD") == commit
+    if rewrite is rebase:
+        lab.git("commit", "-q", "--allow-empty", "-m", "unrelated")
+    rewrite(lab)
+    assert commit not in lab.git("log", "--format=%h"), "another hash"
+    assert lab.train.read_text() == TRAIN.replace(*BETTER)
+    outcome = lab.report()
+    (line,) = (line for line in outcome.output.splitlines() if line.startswith(commit))
+    assert line.endswith("4 -> 7 steps") and "2 kept" in outcome.output
+    lab.edit(("STEPS = 7 ", "STEPS = 2 "))
+    outcome = lab.run("fewer steps")
+    assert outcome.status == "discard" and "1 seed against 2" in outcome.output
+    lab.sh(outcome.next)
+    assert lab.is_clean()
+
+
+def test_the_report_before_the_first_run(tmp_path, cache):
+    lab = Lab.create(tmp_path / "new")
+    outcome = lab.report(check=False)
+    assert (outcome.code, outcome.output) == (1, "")
+    assert outcome.errors == f"error: {lab.folder}: no experiments yet; run: uv run train.py baseline\n"
+    assert not lab.results.exists()
+
+
+def test_the_report_needs_a_repository(tmp_path, cache):
+    lab = Lab.create(tmp_path / "new")
+    shutil.rmtree(lab.folder / ".git")
+    outcome = lab.report(check=False, GIT_CEILING_DIRECTORIES=str(tmp_path))
+    assert (outcome.code, outcome.output) == (1, "")
+    assert outcome.errors.startswith("error: there is no record to report: fatal: not a git repository")
+
+
+def test_the_report_draws_odd_descriptions(tmp_path, cache):
+    lab = Lab.create(tmp_path / "night")
+    odd = r"cost $O(n^2$ {x_1} \frac ü _a_ $$"
+    write_records(lab, [record(1, status="keep", description=odd), record(2)], merged=True)
+    outcome = lab.report()
+    assert odd in outcome.output and outcome.errors == ""
+    assert png_size(lab.folder / "progress.png") == (1440, 720)
+
+
+def test_the_report_leaves_out_what_does_not_compare(tmp_path, cache):
+    lab = Lab.create(tmp_path / "night")
+    others = [record(number, fingerprint="another", status="keep") for number in range(3)]
+    write_records(lab, [*others, record(3, status="keep"), record(4)], merged=True)
+    output = lab.report().output
+    assert "3 of them do not compare with the last one" in output
+    assert "1 kept, 4 dropped or repeated, 0 without a score" in output
