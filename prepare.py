@@ -11,11 +11,13 @@ Shapes: B rows of a batch, T tokens of a row, V tokens of the vocabulary.
 
 import argparse
 import base64
+import codecs
 import contextlib
 import ctypes
 import faulthandler
 import functools
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -33,13 +35,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import filelock
 import numpy as np
@@ -58,46 +60,100 @@ except ImportError:  # Windows
 # == Constants ===============================================================================================
 
 
+# dense bfloat16 TFLOP/s by data sheet, by a word of the device's name; longer names come first
+DATA_CENTER_TFLOPS = {
+    "A100": 312, "A800": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989.5, "H800": 989.5, "H200": 989.5,
+    "GH200": 989.5, "B200": 2250, "GB200": 2500, "B300": 2250, "GB300": 2500, "MI300X": 1307, "MI325X": 1307,
+    "MI350X": 2300, "MI355X": 2500,
+}  # fmt: skip
+PEAK_TFLOPS = DATA_CENTER_TFLOPS | {
+    "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "A40": 150, "T4": 65, "RTX 5090": 209.5,
+    "RTX 4090": 165.2, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def known_name(name: str) -> str:
+    """The first entry of PEAK_TFLOPS that is a whole word of a device's name, or ""; RTX A1000 is no A100."""
+    return next((part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), "")
+
+
+def choose_scale(name: str, memory_gib: float) -> str:
+    """The scale of a CUDA or ROCm device. A slice of a data-center GPU has less than 38 GiB."""
+    is_data_center = known_name(name) in DATA_CENTER_TFLOPS
+    return "full" if is_data_center and memory_gib >= 38 else "desktop"
+
+
+def default_scale() -> str:
+    if not torch.cuda.is_available():
+        return "small"
+    properties = torch.cuda.get_device_properties(0)
+    return choose_scale(properties.name, properties.total_memory / 2**30)
+
+
 class Scale(NamedTuple):
     """What five minutes of one kind of device can train and score."""
 
     max_seq_len: int
     vocab_size: int
     eval_tokens: int
+    train_tokens: int  # at most; 0 for all there are
     corpus: str
 
 
 SCALES = {
-    "full": Scale(max_seq_len=2048, vocab_size=8192, eval_tokens=40 * 524_288, corpus="climbmix"),
-    "small": Scale(max_seq_len=256, vocab_size=2048, eval_tokens=2**18, corpus="tinystories"),
+    "full": Scale(2048, 8192, 40 * 524_288, train_tokens=0, corpus="climbmix"),
+    "desktop": Scale(2048, 8192, 10 * 524_288, train_tokens=0, corpus="climbmix"),
+    "small": Scale(256, 2048, 2**18, train_tokens=2**23, corpus="tinystories"),
 }
-SCALE = os.environ.get("AUTORESEARCH_SCALE") or ("full" if torch.cuda.is_available() else "small")
+# must be set before CUDA starts, which asking for a device's name does
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+SCALE = os.environ.get("AUTORESEARCH_SCALE") or default_scale()
 if SCALE not in SCALES:
-    sys.exit(f"error: AUTORESEARCH_SCALE is {SCALE!r}, not {' or '.join(SCALES)}; unset it or correct it")
+    sys.exit(f"error: AUTORESEARCH_SCALE is {SCALE!r}, not {', '.join(SCALES)}; unset it or correct it")
 MAX_SEQ_LEN = SCALES[SCALE].max_seq_len  # tokens of a row
 VOCAB_SIZE = SCALES[SCALE].vocab_size  # different tokens, SPECIAL_TOKENS included
 EVAL_TOKENS = SCALES[SCALE].eval_tokens  # tokens that the metric scores
+TRAIN_TOKENS = SCALES[SCALE].train_tokens  # at most, 0 for all: about what a run can read once
+TRAIN_BYTES = 4 * TRAIN_TOKENS  # of the texts that become these tokens
 DEFAULT_CORPUS = SCALES[SCALE].corpus
 
 budget = os.environ.get("AUTORESEARCH_BUDGET") or "300"
 if not re.fullmatch(r"\d{1,5}", budget) or not 5 <= int(budget) <= 86_400:
     sys.exit(f"error: AUTORESEARCH_BUDGET is {budget!r}, not 5 to 86400 (whole seconds); unset or correct it")
 TIME_BUDGET = int(budget)  # seconds of training
-GRACE = max(300, TIME_BUDGET // 10)  # seconds to start and to evaluate; then the watchdog ends the run
+# Seconds to start and to evaluate; then the watchdog ends the run. Estimates for a first run on a card of
+# 12 GB: 90 s to compile, three times more for smaller micro-batches, 60 s for the metric; the rest is margin.
+GRACE = max(300 if SCALE == "small" else 600, TIME_BUDGET // 10)
 
-CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+try:
+    CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+except RuntimeError:
+    sys.exit("error: there is no home directory for ~/.cache/autoresearch; set AUTORESEARCH_CACHE")
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-LAYOUT = [1, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS]  # version and scale of a prepared folder
+LAYOUT = [
+    2,
+    SCALE,
+    MAX_SEQ_LEN,
+    VOCAB_SIZE,
+    EVAL_TOKENS,
+    TRAIN_TOKENS,
+]  # version and scale of a prepared folder
 
 CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 CLIMBMIX_SHARDS = 6542  # for training, and one more, which is pinned for validation
 TINYSTORIES = "datasets/karpathy/tinystories-gpt4-clean/resolve/main"
 DOWNLOAD_ATTEMPTS = 5
 DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-SHARD_DOCUMENTS = 2**14  # documents of a shard that is built here
-VALIDATION_FRACTION = 0.05  # of a corpus that comes without a split
+SHARD_DOCUMENTS = 2**14  # documents of a shard that is built here, at most
+SHARD_BYTES = 64_000_000  # of the texts of such a shard, about
+VALIDATION_FRACTION = 0.05  # of the sources of a corpus that comes without a split
+VALIDATION_BYTES = max(8 * EVAL_TOKENS, 64_000_000)  # of validation documents, at most
+LONG_FILE = 64_000  # characters; a longer file is several sources
+BLOCK = 16_000  # characters of such a source
+PIECE = 8 * MAX_SEQ_LEN  # characters of a piece of a text file, at least
+OWN_TYPES = (".parquet", ".jsonl", ".txt", ".md")
 
 SPLIT_PATTERN = (  # GPT-4's, with numbers cut after two digits instead of three: the vocabulary is small
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -117,15 +173,14 @@ PROBES = 256  # (row, cut) pairs at least: a leak behind a rare token needs that
 TOLERANCE = 0.005  # nats that the future may move a loss by
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
-SIGMA = 0.0007 if SCALE == "full" else 0.0045  # bits per byte between seeds, until two runs of one code tell
+SIGMA = {"full": 0.0007, "desktop": 0.002, "small": 0.0045}[
+    SCALE
+]  # bits per byte between seeds, as a first guess
+SURE_SE = 4  # standard errors of a gain that is kept at first sight
 KEEP_SE = 0.25  # standard errors that a repeated gain must have; simulated in tests/test_verdict.py
 
 LOG_SECONDS = 10  # between two lines of progress
 LOSS_LIMIT = 100  # nats; a larger loss ends a run
-PEAK_TFLOPS = {  # dense bfloat16 by data sheet, for MFU; the first name that is part of the device's counts
-    "B200": 2250, "H200": 989.5, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989.5, "A100": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
-}  # fmt: skip
 
 
 class AutoresearchError(Exception):
@@ -136,11 +191,11 @@ class MetricError(AutoresearchError):
     """The run is invalid: it has no score that can be compared."""
 
 
-TrainError = AutoresearchError  # the name that some evolved train.py import
+TrainError = AutoresearchError  # older train.py files import this name
 
 
 def constants() -> dict[str, int | float | str]:
-    """The numbers and names above, as they are now."""
+    """Every upper-case number and text of this module, as it is now."""
     values = {}
     for name, value in globals().items():
         if name.isupper() and isinstance(value, int | float | str):
@@ -154,8 +209,9 @@ CONSTANTS = constants()  # as they were when this file was loaded
 def check_constants() -> None:
     """Raise MetricError if a program has changed one of them."""
     for name, value in constants().items():
-        if value != CONSTANTS[name]:
-            found = f"{name} is {value}, not {CONSTANTS[name]}"
+        wanted = CONSTANTS.get(name, value)
+        if value != wanted:
+            found = f"{name} is {value}, not {wanted}"
             raise MetricError(f"a constant of prepare.py was changed: {found}; leave it as it is")
 
 
@@ -180,7 +236,7 @@ def published(path: Path) -> Iterator:
 
 
 def locked(folder: Path, who: str):
-    """A lock that keeps every other `who` out of a folder until it, or the `with` block of it, is gone."""
+    """Lock a folder against every other `who`, for a `with` block or as long as the result is held."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(folder / "lock", timeout=0).acquire()
@@ -223,23 +279,66 @@ def device_name(device: torch.device) -> str:
     if sys.platform == "linux":
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         processor = found[1] if found else processor
-    return f"{processor} {device.type}, {torch.get_num_threads()} threads"
+    return f"{processor} {device.type}, {cpu_threads()} threads"
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a device that PEAK_TFLOPS knows, 0 of any other."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * tflops for part, tflops in PEAK_TFLOPS.items() if part in name), 0.0)
+def cpu_threads() -> int:
+    """One for each CPU that may be used, or fewer by OMP_NUM_THREADS. More threads than CPUs are slower."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    usable = usable_cpus()
+    return min(usable, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else usable
+
+
+def usable_cpus(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
+    """The smaller of this process's affinity and the quotas of its cgroups, versions 1 and 2."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    try:
+        lines = Path(proc).read_text().splitlines()
+    except OSError:
+        return cpus
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = Path(root, controllers)
+        folder = top / name.lstrip("/")
+        for group in [folder, *folder.parents]:
+            cpus = min(cpus, cgroup_quota(group))
+            if group == top:
+                break
+    return cpus
+
+
+def cgroup_quota(group: Path) -> int:
+    """CPUs that a cgroup may use, at least one; a large number without a quota."""
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu.cfs_quota_us").read_text().strip()
+            period = (group / "cpu.cfs_period_us").read_text().strip()
+    except (OSError, ValueError):
+        return sys.maxsize
+    if quota in ("max", "-1"):
+        return sys.maxsize
+    return max(1, int(quota) // int(period))
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Of the device's memory on CUDA, otherwise of this process; not a number where nothing tells."""
+    """Of the device's memory on CUDA, otherwise of this process; nan where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
         return math.nan
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def print_any_text() -> None:
+    """Have stdout escape the letters that its encoding lacks, instead of raising an error."""
+    with contextlib.suppress(AttributeError, OSError):  # it is closed, or no text file
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def keep_freed_memory() -> None:
@@ -270,18 +369,17 @@ class Prepared:
     @classmethod
     def read(cls, folder: Path) -> "Prepared":
         manifest = read_manifest(folder)
-        validation_path = folder / manifest["validation"]
         try:
-            rows = np.fromfile(validation_path, "<u2").reshape(-1, MAX_SEQ_LEN + 1)
+            rows = np.fromfile(manifest["validation"], "<u2").reshape(-1, MAX_SEQ_LEN + 1)
         except (OSError, ValueError):
-            raise altered(validation_path) from None
+            raise altered(manifest["validation"]) from None
         return cls(
             folder=folder,
-            corpus=manifest["request"][0],
-            tokenizer_path=folder / manifest["tokenizer"],
-            validation_path=validation_path,
-            train_paths=[folder / name for name in manifest["train"]],
-            hashes={folder / name: sha256 for name, (_, sha256) in manifest["files"].items()},
+            corpus=manifest["corpus"],
+            tokenizer_path=manifest["tokenizer"],
+            validation_path=manifest["validation"],
+            train_paths=manifest["train"],
+            hashes={path: sha256 for path, (_, sha256) in manifest["files"].items()},
             rows=rows,
         )
 
@@ -305,19 +403,30 @@ class Prepared:
     def train_tokens(self) -> int:
         return sum(path.stat().st_size for path in self.train_paths) // 2
 
+    @property
+    def scored_by(self) -> list[str]:
+        """What a score of this corpus depends on: the hashes of validation rows and tokenizer."""
+        return [self.hashes[path] for path in (self.validation_path, self.tokenizer_path)]
+
     def fingerprint(self, device: torch.device) -> str:
         """Two scores may be compared only if this is equal."""
-        data = [self.hashes[path] for path in (self.validation_path, self.tokenizer_path)]
         program = [file_hash(Path(__file__)), constants(), torch.__version__]
-        return short_hash(program, data, device_name(device))
+        return short_hash(program, self.scored_by, device_name(device), usable_cpus())
 
 
 def read_manifest(folder: Path) -> dict:
-    """The folder's manifest.json; AutoresearchError if it is unusable, or of another scale or version."""
+    """The folder's manifest.json with paths for names; AutoresearchError if it is unusable here."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         layout = manifest["layout"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        if layout == LAYOUT:
+            manifest["tokenizer"] = folder / manifest["tokenizer"]
+            manifest["validation"] = folder / manifest["validation"]
+            manifest["train"] = [folder / name for name in manifest["train"]]
+            files = manifest["files"].items()
+            manifest["files"] = {folder / name: (size, sha256) for name, (size, sha256) in files}
+            manifest["corpus"] = str(manifest["request"][0])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AutoresearchError(f"{folder}: no usable manifest ({error}); run prepare.py again") from None
     if layout != LAYOUT:
         raise AutoresearchError(f"{folder}: made for {layout}, not {LAYOUT}; run prepare.py again")
@@ -334,7 +443,7 @@ def altered(path: Path) -> AutoresearchError:
 
 # == Corpora =================================================================================================
 # A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files with a column
-# `text`. To add one, write such a function and name it in CORPORA.
+# `text`. To add one, write such a function, name it in CORPORA and commit it; older scores do not compare.
 
 Shards = dict[str, list[Path]]
 
@@ -350,12 +459,13 @@ class Options(NamedTuple):
 def texts(path: Path, name: str = "") -> Iterator[str]:
     """The rows of a parquet file, nulls as empty texts; broken UTF-8 is replaced."""
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise ValueError(f"no column 'text', only {file.schema_arrow.names}")
-        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-            for raw in batch.column(0).cast("large_binary").to_pylist():
-                yield (raw or b"").decode("utf-8", "replace")
+        with open(path, "rb") as raw_file:  # pyarrow does not open a name that is not UTF-8
+            file = pyarrow.parquet.ParquetFile(raw_file)
+            if "text" not in file.schema_arrow.names:
+                raise ValueError(f"no column 'text', only {file.schema_arrow.names}")
+            for batch in file.iter_batches(batch_size=64, columns=["text"]):
+                for raw in batch.column(0).cast("large_binary").to_pylist():
+                    yield (raw or b"").decode("utf-8", "replace")
     except (ValueError, OSError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
         found = f"{name or path}: unusable parquet, {error}"
         raise AutoresearchError(f"{found}; replace it and run prepare.py again") from None
@@ -363,13 +473,12 @@ def texts(path: Path, name: str = "") -> Iterator[str]:
 
 def download(source: str, paths: list[Path], workers: int = 1) -> None:
     """Fetch the parquet files that are not there yet from the hub's folder `source`."""
-    session = requests.Session()
-    session.auth = lambda request: request  # no credentials for public files: a stale ~/.netrc means 401
-    retry = {"backoff_factor": 0.5, "status_forcelist": (429, 500, 502, 503, 504), "retry_after_max": 60}
-    for adapter in session.adapters.values():
-        adapter.max_retries = requests.adapters.Retry(DOWNLOAD_ATTEMPTS - 1, **retry)
+    os.environ["NETRC"] = os.devnull  # no credentials for public files: a stale ~/.netrc would mean 401
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    with progress_bar(desc="download", unit="B") as progress:
+    retry = {"backoff_factor": 0.5, "status_forcelist": (429, 500, 502, 503, 504), "retry_after_max": 60}
+    with requests.Session() as session, progress_bar(desc="download", unit="B") as progress:
+        for adapter in session.adapters.values():
+            adapter.max_retries = requests.adapters.Retry(DOWNLOAD_ATTEMPTS - 1, **retry)
 
         def fetch(path: Path) -> None:
             fetch_parquet(session, f"{endpoint}/{source}/{path.name}", path, progress)
@@ -378,7 +487,10 @@ def download(source: str, paths: list[Path], workers: int = 1) -> None:
 
 
 def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqdm) -> None:
-    """Download one file, check it, publish it. A connection that is cut is resumed with Range."""
+    """Download one file, check it, publish it.
+
+    The session tries again what the server refuses; here a connection that is cut is resumed with Range.
+    """
     remedy = f"({url}); check the network and HF_ENDPOINT, then run prepare.py again"
     headers = {"Accept-Encoding": "identity"}  # the bytes of a compressed answer could not be counted
     with published(path) as file:
@@ -423,28 +535,33 @@ def tinystories(folder: Path, options: Options) -> Shards:
     def documents() -> Iterator[tuple[str, str]]:
         path = folder / "downloads" / "tinystories_gpt4_clean.parquet"
         download(TINYSTORIES, [path])
+        train_bytes = TRAIN_BYTES or math.inf
         for row, text in enumerate(texts(path)):
-            if row >= 10_000:
-                yield "val" if row < 20_000 else "train", text
+            if 10_000 <= row < 20_000:
+                yield "val", text
+            elif row >= 20_000 and train_bytes > 0:
+                train_bytes -= len(text)
+                yield "train", text
+            elif row >= 20_000:
+                return
 
     return build_shards(folder / "shards", documents())
 
 
 def python(folder: Path, options: Options) -> Shards:
-    """The Python sources of this machine, cut at top-level definitions or line ends, in hash order."""
+    """The Python sources of this machine, cut at top-level definitions or line ends, each piece once."""
 
-    def documents() -> Iterator[tuple[str, str]]:
-        pieces = set()
-        for path in progress_bar(python_sources(), desc="read", unit=" files"):
+    def sources() -> Iterator[list[str]]:
+        for path in progress_bar(list(python_files()), desc="read", unit=" files"):
             with contextlib.suppress(UnicodeDecodeError, OSError):
-                for part in cut(path.read_text("utf-8"), r"(?<=\n\n)(?=@|class |def |async def )", 800):
-                    pieces.update(cut(part, "\n", 800))
-        yield from split_by_hash(sorted(pieces, key=content_hash))
+                text = path.read_text("utf-8")
+                yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
-    return build_shards(folder / "shards", documents())
+    # without a limit a sample is all of it, each piece once
+    return build_shards(folder / "shards", sample(split_sources(sources()), TRAIN_BYTES or math.inf))
 
 
-def python_sources() -> Iterator[Path]:
+def python_files() -> Iterator[Path]:
     """Those of the standard library and of this environment."""
     for root in {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}:
         for path in root.rglob("*.py"):
@@ -453,50 +570,17 @@ def python_sources() -> Iterator[Path]:
                 yield path
 
 
-def own_data(folder: Path, options: Options) -> Shards:
-    """A folder of .parquet and .jsonl (field text), and of .txt and .md, which are cut at blank lines."""
-    paths = own_files(options.data)
-
-    def documents() -> Iterator[tuple[str, str]]:
-        return split_by_hash(text for path in paths for text in read_own(path))
-
-    return build_shards(folder / f"shards-{files_state(paths)}", documents())
-
-
-def own_files(data: str) -> list[Path]:
-    found = Path(data).resolve().rglob("*")
-    types = (".parquet", ".jsonl", ".txt", ".md")
-    return sorted(path for path in found if path.suffix in types and path.is_file())
-
-
-def files_state(paths: list[Path]) -> str:
-    """Changes when a file is added, removed or written."""
-    return short_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
-
-
-def read_own(path: Path) -> Iterator[str]:
-    """The documents of one file."""
-    line = 0
-    try:
-        if path.suffix == ".parquet":
-            yield from texts(path)
-        elif path.suffix == ".jsonl":
-            for raw in path.open("rb"):
-                line += 1
-                text = json.loads(raw)["text"]
-                yield text.encode("utf-8", "replace").decode()  # JSON can spell lone surrogates, UTF-8 cannot
-        else:
-            yield from cut(path.read_text("utf-8", "replace"), r"(?<=\n)\s*\n", 2000)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        found = f"{path}, line {line}: {error}"
-        raise AutoresearchError(f'{found}; correct it (.jsonl wants {{"text": "..."}})') from None
-
-
-CORPORA = {"climbmix": climbmix, "tinystories": tinystories, "python": python}
+def cut_python(text: str) -> Iterator[str]:
+    """Pieces of about 800 characters: definitions where they are short, lines where they are long."""
+    for definition in cut(text, r"(?<=\n\n)(?=@|class |def |async def )", 800):
+        yield from cut(definition, "\n", 800)
 
 
 def cut(text: str, boundary: str, chars: int) -> Iterator[str]:
-    """Pieces of at least `chars` characters, the last may be shorter, that end at a boundary; none is blank."""
+    """Pieces of `chars` characters or more (the last may have less) that end at a boundary.
+
+    A piece that would be blank is joined to the next one.
+    """
     ends = [match.end() for match in re.finditer(boundary, text)]
     start = 0
     for end in [*ends, len(text)]:
@@ -506,37 +590,255 @@ def cut(text: str, boundary: str, chars: int) -> Iterator[str]:
             start = end
 
 
+def own_data(folder: Path, options: Options) -> Shards:
+    """A folder of .parquet and .jsonl (a row is a document), .txt and .md (which are cut)."""
+    paths, skipped = own_files(options.data)
+    read = Counter(path.suffix.lower() for path in paths)
+    found = f"read {count_types(read) or 'nothing'}, skipped {count_types(skipped) or 'nothing'}"
+    if not paths:
+        raise AutoresearchError(f"{options.data}: {found}; bring {', '.join(OWN_TYPES)}")
+    print(f"{options.data}: {found}", flush=True)
+    not_utf8 = []
+
+    def sources() -> Iterator[list[str]]:
+        for path in progress_bar(paths, desc="read", unit=" files"):
+            for source in own_sources(path):
+                if path not in not_utf8 and any("\ufffd" in text for text in source):
+                    not_utf8.append(path)
+                yield source
+
+    target = folder / f"shards-{files_state(paths)}"
+    shards = build_shards(target, sample(split_sources(sources()), TRAIN_BYTES or None))
+    if not_utf8:
+        print(
+            f"note: {len(not_utf8)} files are not UTF-8, such as {ascii(str(not_utf8[0]))}; bytes were lost"
+        )
+    return shards
+
+
+def count_types(types: Counter) -> str:
+    return ", ".join(f"{count} {name or 'without a type'}" for name, count in sorted(types.items()))
+
+
+def own_files(data: str) -> tuple[list[Path], Counter]:
+    """The readable files below a folder, and the number of others by type.
+
+    Names that begin with a dot and the cache are left out. Links are followed; one that leads to nothing, or
+    a folder that cannot be listed, is an error: otherwise a part of the corpus would be missing silently.
+    """
+    paths = []
+    skipped = Counter()
+    visited = {CACHE.resolve()}
+
+    def visit(folder: Path) -> None:
+        real = folder.resolve()
+        if real in visited:
+            return
+        visited.add(real)
+        try:
+            for path in sorted(folder.iterdir()):
+                suffix = path.suffix.lower()
+                if path.name.startswith("."):
+                    continue
+                path.stat()
+                if path.is_dir():
+                    visit(path)
+                elif suffix in OWN_TYPES:
+                    paths.append(path)
+                else:
+                    skipped[suffix] += 1
+        except FileNotFoundError as error:
+            remedy = "remove it, or bring what it led to"
+            raise AutoresearchError(f"{error.filename}: a link to nothing; {remedy}") from None
+        except OSError as error:
+            found = f"{error.filename}: {error.strerror}"
+            raise AutoresearchError(f"{found}; make it readable or move it away") from None
+
+    visit(Path(data).resolve())
+    return paths, skipped
+
+
+def files_state(paths: list[Path]) -> str:
+    """Changes when a file is added, removed or written."""
+    return short_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+
+
+def own_sources(path: Path) -> Iterator[list[str]]:
+    """The documents of one file, in lists that go to the same split."""
+    suffix = path.suffix.lower()
+    row = 0
+    try:
+        encoding = file_encoding(path)
+        if suffix == ".parquet":
+            yield from ([text] for text in texts(path))
+            return
+        with open(path, encoding=encoding, errors="replace") as file:
+            if suffix != ".jsonl":
+                yield from blocks(cut_text(file), is_long=path.stat().st_size > LONG_FILE)
+                return
+            for line in file:
+                row += 1
+                text = json.loads(line)["text"] if line.strip() else None
+                if text is not None:
+                    yield [text.encode("utf-8", "replace").decode()]  # JSON can spell lone surrogates
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        where = f"{path}, line {row}" if row else str(path)
+        remedy = 'correct it (.jsonl wants {"text": "..."})' if row else "make it readable or move it away"
+        raise AutoresearchError(f"{where}: {error}; {remedy}") from None
+
+
+def file_encoding(path: Path) -> str:
+    """As the byte-order mark says, otherwise UTF-8. Raises ValueError for a git-lfs pointer."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("this is a git-lfs pointer, not the file itself; run git lfs pull")
+    marks = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
+    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]  # their marks begin UTF-32's
+    for mark, encoding in marks:
+        if head.startswith(mark):
+            return encoding
+    return "utf-8"
+
+
+def cut_text(file: TextIO) -> Iterator[str]:
+    """Pieces of a text of any length, see piece_end; a blank one is left out."""
+    text = ""
+    is_at_end = False
+    while not is_at_end:
+        chunk = file.read(2**20)
+        is_at_end = not chunk
+        text += chunk
+        start = 0
+        while len(text) - start > 8 * PIECE or (is_at_end and start < len(text)):
+            end = piece_end(text, start)
+            if text[start:end].strip():
+                yield text[start:end]
+            start = end
+        text = text[start:]
+
+
+def piece_end(text: str, start: int) -> int:
+    """The end of a piece, in units of PIECE characters.
+
+    The first blank line between 1 and 2, otherwise the first line end between 2 and 4, otherwise the first
+    space between 4 and 8, otherwise 8.
+    """
+    boundaries = [(r"\n[ \t]*\n", 1), (r"\n", 2), (r"\s", 4)]
+    for boundary, times in boundaries:
+        least = start + times * PIECE
+        match = re.compile(boundary).search(text, least, least + times * PIECE)
+        if match:
+            return match.end()
+    return min(start + 8 * PIECE, len(text))
+
+
+def blocks(pieces: Iterable[str], is_long: bool) -> Iterator[list[str]]:
+    """The sources of a file: all pieces together, or in a long file the pieces of each BLOCK characters."""
+    block = []
+    chars = 0
+    for piece in pieces:
+        block.append(piece)
+        chars += len(piece)
+        if is_long and chars >= BLOCK:
+            yield block
+            block = []
+            chars = 0
+    if block:
+        yield block
+
+
+CORPORA = {"climbmix": climbmix, "tinystories": tinystories, "python": python}
+
+
 def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def split_by_hash(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Documents with a hash in the lowest 5 % are validation, once each; what is added later moves none."""
-    seen = set()
-    for text in documents:
+def split_sources(sources: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
+    """(split, document). Sources with a hash in the lowest 5 % are validation: all of a source goes one way.
+
+    Pieces of one file are siblings: with some of them in the training data, a model that only counts n-grams
+    scored 1.015, on files that it had never seen 1.205. To add a source moves no other one.
+    """
+    for source in sources:
+        is_validation = content_hash("".join(source)) < VALIDATION_FRACTION * 2**64
+        for text in source:
+            yield "val" if is_validation else "train", text
+
+
+def sample(documents: Iterable[tuple[str, str]], train_bytes: float | None) -> Iterator[tuple[str, str]]:
+    """The validation documents in the order of their hashes; of the training documents a sample of
+    `train_bytes`, in that order too, or all of them as they come.
+    """
+    validation = Sample(VALIDATION_BYTES)
+    training = Sample(train_bytes or 0)
+    for name, text in documents:
+        if name == "val":
+            validation.add(text)
+        elif train_bytes:
+            training.add(text)
+        else:
+            yield name, text
+    yield from (("val", text) for text in validation.in_order())
+    yield from (("train", text) for text in training.in_order())
+
+
+class Sample:
+    """The documents with the lowest content hashes, each once, up to `max_bytes`: an even sample."""
+
+    def __init__(self, max_bytes: float):
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.cutoff = 2**64  # hashes from here on are left out
+        self.heap: list[tuple[int, str]] = []  # (-hash, text), the highest hash first
+        self.hashes: set[int] = set()
+
+    def add(self, text: str) -> None:
         key = content_hash(text)
-        if key >= VALIDATION_FRACTION * 2**64:
-            yield "train", text
-        elif key not in seen:
-            seen.add(key)
-            yield "val", text
+        if key >= self.cutoff or key in self.hashes:
+            return
+        heapq.heappush(self.heap, (-key, text))
+        self.hashes.add(key)
+        self.bytes += len(text.encode())
+        while self.bytes > self.max_bytes:
+            highest, removed = heapq.heappop(self.heap)
+            self.cutoff = -highest
+            self.hashes.discard(self.cutoff)
+            self.bytes -= len(removed.encode())
+
+    def in_order(self) -> list[str]:
+        """By hash, the lowest first."""
+        return [text for _, text in sorted(self.heap, reverse=True)]
 
 
 def build_shards(folder: Path, documents: Iterator[tuple[str, str]]) -> Shards:
     """Write (split, text) documents as parquet files. The folder appears when all are complete, and stays."""
     if not folder.exists():
         progress = progress_bar(documents, desc="shards", unit=" documents")
-        nonempty = ((split, text) for split, text in progress if text)
         with tempfile.TemporaryDirectory(".tmp", dir=folder.parent) as temporary:
-            for number in itertools.count():
-                batch = list(itertools.islice(nonempty, SHARD_DOCUMENTS))
-                for split in {split for split, _ in batch}:
+            for number, batch in enumerate(batches_of_documents(progress)):
+                for split in {name for name, _ in batch}:
                     table = pyarrow.table({"text": [text for name, text in batch if name == split]})
                     pyarrow.parquet.write_table(table, f"{temporary}/{split}_{number:05d}.parquet")
-                if not batch:
-                    break
             os.replace(temporary, folder)
     return {split: sorted(folder.glob(f"{split}_*.parquet")) for split in ("train", "val")}
+
+
+def batches_of_documents(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """What goes into a shard: up to SHARD_DOCUMENTS that are not empty, or SHARD_BYTES."""
+    batch = []
+    size = 0
+    for name, text in documents:
+        if text:
+            batch.append((name, text))
+            size += len(text)
+        if len(batch) == SHARD_DOCUMENTS or size > SHARD_BYTES:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
 
 
 # == Tokenizer ===============================================================================================
@@ -560,7 +862,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        # int64 (V,), lengths of raw bytes: a lone byte >= 0x80 decodes to U+FFFD, which is three
+        # int64 (V,), lengths of raw bytes: a lone byte >= 0x80 decodes to U+FFFD, which is three bytes
         self.token_bytes = torch.tensor([len(token) for token in ranks] + [0] * len(special))
 
     @classmethod
@@ -630,19 +932,35 @@ def train_tokenizer(paths: list[Path], target: Path) -> None:
             file.write(b"%s %d\n" % (base64.b64encode(bytes(token)), rank))
 
 
-def tokenize_shard(shard: Path, target: Path, tokenizer: Tokenizer, progress: tqdm) -> None:
-    """Write the documents of a shard as a flat uint16 file, in which each is BOS and its tokens.
+def tokenize(
+    shards: Iterable[Path],
+    target: Path,
+    tokenizer: Tokenizer,
+    progress: tqdm,
+    skip: Iterable[int] = (),
+    max_tokens: float = math.inf,
+) -> None:
+    """Write the documents of some shards as a flat uint16 file: BOS and tokens of each.
 
-    At the small scale a document is cut into pieces that fit into one row.
+    At the small scale a document is cut into pieces that fit into one row, and a very long one is cut at any
+    scale. Documents whose content hash is in `skip` are left out. The file ends before it would pass
+    `max_tokens`.
     """
     bos = np.array([tokenizer.get_bos_token_id()], "<u2").tobytes()
-    limit = MAX_SEQ_LEN if SCALE == "small" else DOCUMENT_CHARS * 4  # a character has at most four tokens
+    limit = (
+        MAX_SEQ_LEN if SCALE == "small" else DOCUMENT_CHARS * 4
+    )  # of four tokens a character: never reached
     with published(target) as file:
-        for text in texts(shard):
+        for text in itertools.chain.from_iterable(texts(shard) for shard in shards):
+            progress.update()
+            if content_hash(text) in skip:
+                continue
             for ids in tokenizer.encode_pieces(text):
                 for start in range(0, len(ids), limit):
-                    file.write(bos + ids[start : start + limit].astype("<u2").tobytes())
-            progress.update()
+                    piece = bos + ids[start : start + limit].astype("<u2").tobytes()
+                    if file.tell() + len(piece) > 2 * max_tokens:
+                        return
+                    file.write(piece)
 
 
 # == Packing =================================================================================================
@@ -665,8 +983,8 @@ class Packer:
     The longest document that fits is taken, the earliest among equals. If none fits, the shortest (again the
     earliest) is cropped. While fewer than PACKING_DOCUMENTS are held, the next PACKING_REFILL are appended.
 
-    The choice is O(1): a FIFO for each length, and an integer as the bit set of the lengths that are held. To
-    scan a list of 1,000 documents instead makes 0.8M tokens/s at T = 2048, this makes 100M.
+    The choice is O(1): a FIFO for each length, and an integer as the bit set of the lengths that are held.
+    That packs 100M tokens/s at T = 2048; scanning a list of 1,000 documents packed 0.8M.
     """
 
     def __init__(self, documents: Iterator[tuple[np.ndarray, int]], capacity: int):
@@ -702,8 +1020,8 @@ class Packer:
 
     def take(self, room: int) -> np.ndarray:
         """Remove and return the longest document of at most `room` tokens; if there is none, the shortest."""
-        fitting = self.lengths & ((2 << room) - 1)
-        shortest = self.lengths & -self.lengths
+        fitting = self.lengths & ((2 << room) - 1)  # bits 0 to room
+        shortest = self.lengths & -self.lengths  # the lowest bit
         length = (fitting or shortest).bit_length() - 1
         document = self.fifos[length].popleft()
         if not self.fifos[length]:
@@ -770,8 +1088,10 @@ def choose_corpus(options: Options) -> tuple[Callable[[Path, Options], Shards], 
     if options.data in CORPORA:
         return CORPORA[options.data], options.data, [options.data, options.num_shards]
     own = Path(options.data).resolve()
-    name = f"{own.name}-{short_hash(str(own))}"
-    return own_data, name, [name, files_state(own_files(options.data))]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", own.name)[:60]  # a file name has 255 bytes at most
+    name = f"{readable}-{short_hash(str(own))}"
+    paths, _ = own_files(options.data)
+    return own_data, name, [name, files_state(paths)]
 
 
 def is_current(folder: Path, request: list) -> bool:
@@ -781,8 +1101,7 @@ def is_current(folder: Path, request: list) -> bool:
     except AutoresearchError:
         return False
     damaged = []
-    for name, (size, _) in manifest["files"].items():
-        path = folder / name
+    for path, (size, _) in manifest["files"].items():
         if not path.exists() or path.stat().st_size != size:
             damaged.append(path)
     for path in damaged:
@@ -794,47 +1113,38 @@ def is_current(folder: Path, request: list) -> bool:
 
 
 def derive(folder: Path, request: list, shards: Shards) -> None:
-    """Make tokenizer, token files and validation rows from shards, then the manifest that vouches for them.
-
-    The names say what a file was made from, so that another vocabulary or corpus never finds an old one.
-    """
+    """Make tokenizer, token files and validation rows from shards, and the manifest that vouches for them."""
     if not shards["train"] or not shards["val"]:
         found = "the corpus has too few documents for a training and a validation split"
         raise AutoresearchError(f"{found}; bring more text")
-    tokens_folder = folder / "tokens"
+    tokens = folder / "tokens"
     hashes = in_threads(file_hash, [*shards["val"], *shards["train"]])
     print(f"corpus: {request[0]}, {len(hashes)} shards", flush=True)
 
-    train_hashes = [hashes[path] for path in shards["train"]]
-    made_from = short_hash(VOCAB_SIZE, SPLIT_PATTERN, TOKENIZER_CHARS, train_hashes)
-    tokenizer_path = tokens_folder / f"tokenizer-{made_from}.txt"
+    # names say what a file was made from, so that another vocabulary or corpus never finds an old one
+    made_from = short_hash(
+        VOCAB_SIZE, SPLIT_PATTERN, TOKENIZER_CHARS, [hashes[path] for path in shards["train"]]
+    )
+    tokenizer_path = tokens / f"tokenizer-{made_from}.txt"
     if not tokenizer_path.exists():
         train_tokenizer(shards["train"], tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
     print(f"tokenizer: {tokenizer.get_vocab_size():,} tokens", flush=True)
 
-    suffix = file_hash(tokenizer_path)[:8]
-    token_paths = {path: tokens_folder / f"{path.stem}-{hashes[path][:8]}-{suffix}.bin" for path in hashes}
-    with progress_bar(desc="tokens", unit=" documents") as progress:
-
-        def tokenize(path: Path) -> None:
-            tokenize_shard(path, token_paths[path], tokenizer, progress)
-
-        in_threads(tokenize, [path for path in hashes if not token_paths[path].exists()])
-
-    rows = validation_rows([token_paths[path] for path in shards["val"]], tokenizer.get_bos_token_id())
-    rows_path = tokens_folder / "validation.bin"
+    val_path, train_paths = tokenize_shards(tokens, shards, hashes, tokenizer, file_hash(tokenizer_path))
+    rows = validation_rows([val_path], tokenizer.get_bos_token_id())
+    rows_path = tokens / "validation.bin"
     with published(rows_path) as file:
         file.write(rows.tobytes())
 
-    hashes |= in_threads(file_hash, [tokenizer_path, rows_path, *token_paths.values()])
+    hashes |= in_threads(file_hash, [tokenizer_path, rows_path, val_path, *train_paths])
     names = {path: str(path.relative_to(folder)) for path in hashes}
     manifest = {
         "layout": LAYOUT,
         "request": request,
         "tokenizer": names[tokenizer_path],
         "validation": names[rows_path],
-        "train": [names[token_paths[path]] for path in shards["train"]],
+        "train": [names[path] for path in train_paths],
         "files": {names[path]: [path.stat().st_size, sha256] for path, sha256 in hashes.items()},
         "versions": {package.__name__: package.__version__ for package in (torch, tiktoken, pyarrow, np)},
     }
@@ -842,11 +1152,44 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
         file.write(json.dumps(manifest, indent=1).encode())
 
     current = {*hashes, shards["val"][0].parent}
-    for path in {*tokens_folder.iterdir(), *folder.glob("shards-*")} - current:  # of an older corpus
+    for path in {*tokens.iterdir(), *folder.glob("shards-*")} - current:  # of an older corpus
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def tokenize_shards(
+    tokens: Path, shards: Shards, hashes: dict[Path, str], tokenizer: Tokenizer, tokenizer_hash: str
+) -> tuple[Path, list[Path]]:
+    """The token file of the validation split and those of the training split, written if they are missing.
+
+    Each shard has its own file; where the number of training tokens is limited, all together make one, since
+    the limit counts over all of them in their order. Documents of the validation split are not trained on.
+    """
+    validation = {content_hash(text) for path in shards["val"] for text in texts(path)}
+    val_group = tuple(shards["val"])
+    train_groups = [tuple(shards["train"])] if TRAIN_TOKENS else [(path,) for path in shards["train"]]
+    val_hashes = [hashes[path] for path in val_group]
+
+    def token_path(group: tuple[Path, ...]) -> Path:
+        made_from = short_hash(tokenizer_hash, TRAIN_TOKENS, val_hashes, [hashes[path] for path in group])
+        return tokens / f"{group[0].stem}-{made_from}.bin"
+
+    def tokenize_group(group: tuple[Path, ...]) -> None:
+        target = token_path(group)
+        if group == val_group:
+            tokenize(group, target, tokenizer, progress)
+        else:
+            tokenize(group, target, tokenizer, progress, validation, TRAIN_TOKENS or math.inf)
+
+    with progress_bar(desc="tokens", unit=" documents") as progress:
+        missing = [group for group in (val_group, *train_groups) if not token_path(group).exists()]
+        in_threads(tokenize_group, missing)
+    train_paths = [token_path(group) for group in train_groups]
+    if not any(path.stat().st_size for path in train_paths):
+        raise AutoresearchError("every training document is a validation document, too; bring more text")
+    return token_path(val_group), train_paths
 
 
 # ############################################################################################################
@@ -859,7 +1202,7 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
 class Clock:
     """Times the run of this process, and knows what must not change meanwhile. Idle without an Experiment.
 
-    The order of a run: begin(), steps(), stop() when evaluate_bpb is called, finish() when it is done, end().
+    The order of a run: begin(), steps() to train, stop() as evaluate_bpb begins, finish() as it ends, end().
     """
 
     def __init__(self):
@@ -884,6 +1227,11 @@ class Clock:
         return self.stopped_s - self.started_s
 
     @property
+    def elapsed_seconds(self) -> float:
+        """Since the training began."""
+        return time.perf_counter() - self.started_s
+
+    @property
     def total_seconds(self) -> float:
         return time.perf_counter() - self.begun_s
 
@@ -898,13 +1246,15 @@ class Clock:
             raise MetricError("run.steps() was called twice; a run has one clock")
         steps_in_flight = 1 if self.device.type == "cuda" else 0
         this_step_done = None
-        durations = deque([0.0], maxlen=2)
+        last_seconds = 0.0
+        seconds_before = 0.0
         self.synchronize()
         now = self.started_s = time.perf_counter()
         for step in itertools.count():
-            # by the shorter of the last two steps: a single slow one must not end the run, nor must the first
-            next_seconds = min(durations) if step > 1 else 0.0
-            elapsed = now - self.started_s + steps_in_flight * durations[-1]
+            # The next step is taken to be as long as the shorter of the last two, so that a single slow one
+            # does not end the run. After the first step that is 0: it may do what no other one does.
+            next_seconds = min(last_seconds, seconds_before)
+            elapsed = now - self.started_s + steps_in_flight * last_seconds  # what is queued is spent
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -917,13 +1267,20 @@ class Clock:
                 self.synchronize()
             before = now
             now = time.perf_counter()
-            durations.append(now - before)
+            seconds_before = last_seconds
+            last_seconds = now - before
 
     def require_running(self) -> None:
         """Raise AutoresearchError if an Experiment has begun and its clock has not started."""
         if not self.is_idle and math.isnan(self.started_s):
-            remedy = "use random tokens, draw in run.steps()"
+            remedy = "warm up on random tokens, draw in run.steps()"
             raise AutoresearchError(f"training data was drawn before the clock; {remedy}")
+
+    def require_same_data(self, data: Prepared) -> None:
+        """Raise MetricError if a run that has begun is given the tokenizer of another corpus."""
+        if not self.is_idle and data.scored_by != self.data.scored_by:
+            found = f"the tokenizer is that of {data.folder}, but the run began with {self.data.folder}"
+            raise MetricError(f"{found}; use Tokenizer.from_directory()")
 
     def stop(self, data: Prepared) -> None:
         """The training ends. MetricError if it took too long, or if the run is no longer what it was."""
@@ -943,9 +1300,7 @@ class Clock:
         seed = torch.initial_seed()
         if seed != self.seed:
             raise MetricError(f"torch's seed is {seed}, not {self.seed}; leave seeds to the harness")
-        if data.hashes != self.data.hashes:
-            found = f"the tokenizer is that of {data.folder}, but the run began with {self.data.folder}"
-            raise MetricError(f"{found}; use Tokenizer.from_directory()")
+        self.require_same_data(data)
         check_constants()
 
     def finish(self, val_bpb: float) -> None:
@@ -967,6 +1322,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split="train", device=
     if split != "train":
         found = f"there is no split {split!r} to draw from, only 'train'"
         raise AutoresearchError(f"{found}; evaluate_bpb scores the other one")
+    CLOCK.require_same_data(tokenizer.data)
     stream = documents(tokenizer.data.train_paths, tokenizer.get_bos_token_id(), epochs=itertools.count(1))
     return batches(Packer(stream, T + 1), B, torch.device(device or default_device()))
 
@@ -1014,13 +1370,14 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
-    losses = None
-    while losses is None:
-        if batch == 0:
-            raise MetricError("out of memory with a single validation row; make the model smaller")
-        with contextlib.suppress(torch.OutOfMemoryError):
+    while batch:
+        try:
             losses = score(model, rows, batch)
-        batch //= 2
+            break
+        except torch.OutOfMemoryError:
+            batch //= 2
+    if not batch:
+        raise MetricError("out of memory with a single validation row; make the model smaller")
     if was_training:
         model.train()
     token_bytes = tokenizer.token_bytes.to(device)[rows[:, 1:]]
@@ -1052,13 +1409,14 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
 
     def require_unchanged() -> None:
         change = change_of_first()
-        allowed = max(TOLERANCE, 3 * noise)
+        allowed = max(TOLERANCE, 3 * noise)  # more than `noise`, which is a single sample
         if change > allowed:
             found = f"the same rows moved by {change:.3g} nat, more than {allowed:.3g}"
             raise MetricError(f"the evaluation must leave the model as it is, but {found}")
 
     losses = torch.cat([first_losses, *(token_losses(model, other) for other in others)])[: len(rows)]
     require_unchanged()
+    # a probe takes the largest of 266 rows, so its noise is larger still
     probe(model, rows, losses, batch, allowed=max(TOLERANCE, 10 * noise))
     require_unchanged()
     return losses
@@ -1088,9 +1446,10 @@ def token_losses(model: Callable, rows: torch.Tensor, inputs: torch.Tensor | Non
 def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int, allowed: float) -> None:
     """Raise MetricError if the future, or another row, moves a loss by more than `allowed` nat.
 
-    A row is asked again in its old place of the batch, but among other rows, and its inputs from position
-    `cut` on are those of another row. The losses of its own targets at inputs 0 .. cut-1 must not move. The
-    last of these targets is the first token that was replaced: a leak by a single token shows only there.
+    A row is asked again among other rows, and its inputs from position `cut` on are those of another row.
+    The losses of its own targets at inputs 0 .. cut-1 must not move. The last of these targets is the first
+    token that was replaced: a leak by a single token shows only there. The row keeps its place in the batch,
+    because kernels may round differently in another one.
     """
     T = MAX_SEQ_LEN
     rng = np.random.default_rng(PROBES)
@@ -1100,11 +1459,11 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
     for cut_B in np.resize(cuts, (calls, batch)):  # the last call is filled up with the first cuts
         probed_B = np.array([choose_row(place, cut) for place, cut in enumerate(cut_B)])
         other_B = (probed_B + rng.integers(1, len(rows))) % len(rows)
-        is_past_BT = torch.from_numpy(np.arange(T) < cut_B[:, None]).to(rows.device)
+        before_cut_BT = torch.from_numpy(np.arange(T) < cut_B[:, None]).to(rows.device)
         probed = torch.from_numpy(probed_B).to(rows.device)
         other = torch.from_numpy(other_B).to(rows.device)
-        inputs = torch.where(is_past_BT, rows[probed, :-1], rows[other, :-1])
-        change_BT = (token_losses(model, rows[probed], inputs) - losses[probed]).abs() * is_past_BT
+        inputs = torch.where(before_cut_BT, rows[probed, :-1], rows[other, :-1])
+        change_BT = (token_losses(model, rows[probed], inputs) - losses[probed]).abs() * before_cut_BT
         largest = change_BT.max().item()
         if largest > allowed:
             place, position = divmod(int(change_BT.argmax()), T)
@@ -1123,10 +1482,9 @@ def probe_cuts(rng: np.random.Generator) -> np.ndarray:
 
 
 class RowChooser:
-    """Chooses the row of a probe: the one with the commonest token before the cut that no probe has had.
+    """Chooses the row of a probe, so that the token before the cut is a common one that was not probed yet.
 
-    A leak may open behind one token only. Each token is probed once, and the common ones first, because
-    there a leak would move the score most.
+    A leak may open behind one token only, and behind a common one it would move the score most.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, rng: np.random.Generator):
@@ -1140,7 +1498,7 @@ class RowChooser:
         candidates = place + self.batch * self.rng.permutation(len(self.tokens) // self.batch)
         before_cut = self.tokens[candidates, cut - 1]
         best = self.worth[before_cut].argmax()
-        self.worth[before_cut[best]] *= 1e-6
+        self.worth[before_cut[best]] *= 1e-6  # not 0: the order stays when all have been probed
         return candidates[best]
 
 
@@ -1219,10 +1577,10 @@ class Verdict(NamedTuple):
 # -- git
 
 
-def git_bytes(*command: str, input: bytes | None = None, env: dict | None = None, check=True) -> bytes:
+def git_bytes(*command: str, input: bytes | None = None, env: dict | None = None) -> bytes:
     """What a git command prints, run in this folder; raises CalledProcessError."""
     environment = {name: value for name, value in os.environ.items() if name not in GIT_LOCATION}
-    options = {"env": environment | (env or {}), "cwd": HERE, "check": check, "capture_output": True}
+    options = {"env": environment | (env or {}), "cwd": HERE, "check": True, "capture_output": True}
     durable = ("-c", "core.fsync=loose-object,reference")  # a commit is not to be lost with the power
     return subprocess.run(["git", *durable, *command], input=input, **options).stdout
 
@@ -1262,7 +1620,7 @@ def tree_with(code: str, head: str, folder: Path) -> str:
 
 def history() -> dict[str, str]:
     """{short hash: blob of its train.py} of HEAD and the commits before it, up to 1,000."""
-    commits = git("log", "-n", "1000", "--format=%h").split()
+    commits = git("rev-list", "--abbrev-commit", "-n", "1000", "HEAD").split()
     question = "".join(f"{commit}:./train.py\n" for commit in commits)
     answers = git("cat-file", "--batch-check", input=question.encode()).splitlines()
     return {commit: answer.split()[0] for commit, answer in zip(commits, answers, strict=True)}
@@ -1270,9 +1628,9 @@ def history() -> dict[str, str]:
 
 def current_branch() -> str:
     try:
-        return git("symbolic-ref", "--short", "HEAD")
+        return git("symbolic-ref", "-q", "--short", "HEAD")
     except subprocess.CalledProcessError as error:
-        if b"not a symbolic ref" not in error.stderr:
+        if error.stderr:
             raise
         found = "HEAD is on no branch, what is kept could be lost"
         raise AutoresearchError(f"{found}; make one: git switch -c autoresearch/TAG") from None
@@ -1280,7 +1638,9 @@ def current_branch() -> str:
 
 def from_here(command: str) -> str:
     """The command as it works in the folder in which the user is."""
-    return command if Path.cwd() == HERE else f"cd {shlex.quote(str(HERE))} && {command}"
+    if command.startswith("#") or Path.cwd() == HERE:
+        return command
+    return f"cd {shlex.quote(str(HERE))} && {command}"
 
 
 # -- the record
@@ -1303,20 +1663,26 @@ def read_runs() -> tuple[list[Run], list[str]]:
 
 
 def read_objects(names: list[str]) -> dict[str, str]:
-    """{name: text} of git objects. git ends at a damaged one: that is left out, the rest is asked for again."""
+    """{name: text} of git objects, without those that cannot be read."""
+    try:
+        return read_batch(names)
+    except subprocess.CalledProcessError:  # git ends at the first damaged one, so each is asked for alone
+        objects = {}
+        for name in names:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                objects |= read_batch([name])
+        return objects
+
+
+def read_batch(names: list[str]) -> dict[str, str]:
+    """The same in one call; raises CalledProcessError."""
+    answers = io.BytesIO(git_bytes("cat-file", "--batch", input="\n".join(names).encode()))
     objects = {}
-    waiting = deque(names)
-    while waiting:
-        answers = io.BytesIO(git_bytes("cat-file", "--batch", input="\n".join(waiting).encode(), check=False))
-        while waiting:
-            name = waiting.popleft()
-            header = answers.readline().split()  # name, type and size; or name and `missing`
-            if len(header) == 2:
-                continue
-            content = answers.read(int(header[2])) if header else b""
-            if not answers.readline():  # a whole answer ends with a line end
-                break
-            objects[name] = content.decode("utf-8", "replace")
+    for name in names:
+        header = answers.readline().split()  # name, type and size; or name and `missing`
+        if len(header) == 3:
+            objects[name] = answers.read(int(header[2])).decode("utf-8", "replace")
+            answers.readline()
     return objects
 
 
@@ -1348,13 +1714,15 @@ def judge(candidate: list[float], incumbent: list[float], sigma: float) -> tuple
 
     The lists hold val_bpb, one a seed, in the order of the runs. gain = mean(incumbent) - mean(candidate),
     se = sigma * sqrt(1 / n_incumbent + 1 / n_candidate). Every run of the incumbent counts, of the candidate
-    the first two, so that nobody runs it again until it wins. A gain must repeat.
+    only the first two: more repeats cannot make it win. A gain must repeat, unless it is beyond doubt.
     """
     candidate = candidate[:2]
     gain = mean(incumbent) - mean(candidate)
     se = sigma * math.sqrt(1 / len(incumbent) + 1 / len(candidate))
     if gain <= 0:
         status = "discard"
+    elif gain >= SURE_SE * se:
+        status = "keep"
     elif len(candidate) == 1:
         status = "maybe"
     else:
@@ -1368,26 +1736,41 @@ def mean(values: Iterable[float]) -> float:
 
 
 def pooled_sigma(groups: Iterable[list[float]], default: float) -> float:
-    """Standard deviation between seeds: squares about each group's mean over n - 1; `default` without any."""
-    squares = 0.0
-    freedom = 0
-    for group in groups:
-        if len(group) > 1:
-            squares += sum((value - mean(group)) ** 2 for value in group)
-            freedom += len(group) - 1
-    return math.sqrt(squares / freedom) if freedom else default
+    """Standard deviation between seeds: squares about each group's mean, over n - 1.
+
+    The default counts like four squares, so that two runs that happen to agree do not make noise vanish. Only
+    the last three groups count: a weak model at the beginning of a night is ten times as noisy.
+    """
+    repeated = [group for group in groups if len(group) > 1][-3:]
+    squares = 4 * default**2
+    freedom = 4
+    for group in repeated:
+        squares += sum((value - mean(group)) ** 2 for value in group)
+        freedom += len(group) - 1
+    return math.sqrt(squares / freedom)
 
 
-def scores(runs: Iterable[Run], fingerprint: str) -> dict[str, dict[int, float]]:
-    """val_bpb of the runs that compare: {code: {seed: first score}}, in the order of the runs.
+def comparable(runs: Iterable[Run], fingerprint: str) -> dict[str, list[Run]]:
+    """Runs with a score, by code, in the order of their starts; of each seed the first.
 
     A run whose seed was chosen by somebody does not count, so that nobody looks for a lucky one.
     """
-    groups: dict[str, dict[int, float]] = defaultdict(dict)
-    for run in runs:
+    groups: dict[str, dict[int, Run]] = defaultdict(dict)
+    for run in sorted(runs, key=lambda run: run.ref):
         if run.fingerprint == fingerprint and run.has_score and run.status != "reproduced":
-            groups[run.code].setdefault(run.seed, run.val_bpb)
-    return dict(groups)
+            groups[run.code].setdefault(run.seed, run)
+    return {code: list(seeds.values()) for code, seeds in groups.items()}
+
+
+def scores(runs: list[Run]) -> list[float]:
+    return [run.val_bpb for run in runs]
+
+
+def described(runs: list[Run]) -> str:
+    """Scores, and what else they depend on."""
+    values = " and ".join(f"{run.val_bpb:.6f}" for run in runs)
+    seed = f"seed {runs[0].seed}, " if len(runs) == 1 else ""
+    return f"{values} ({seed}{' and '.join(str(run.steps) for run in runs)} steps)"
 
 
 # -- the notebook
@@ -1415,8 +1798,9 @@ class Notebook:
         stamp = time_stamp()
         branch = current_branch()
         head, incumbent, ground = git("rev-parse", "HEAD", "HEAD:./train.py", "HEAD:./prepare.py").split()
-        if ground != git("hash-object", "prepare.py"):
-            remedy = from_here("mv prepare.py prepare.py.edited && git restore -SW prepare.py")
+        found = git("hash-object", "prepare.py")
+        if found != ground:
+            remedy = from_here(f"mv prepare.py prepare.py.edited-{found[:7]} && git restore -SW prepare.py")
             raise AutoresearchError(f"prepare.py differs from HEAD's, scores would not compare; {remedy}")
         folder = Path(git("rev-parse", "--absolute-git-dir"), "autoresearch")
         lock = locked(folder, "run")  # one in a work tree
@@ -1427,7 +1811,7 @@ class Notebook:
         runs, complaints = read_runs()
         for complaint in complaints:
             print(f"note: {complaint}")
-        finished = scores(runs, fingerprint).get(code, {})
+        finished = {run.seed for run in comparable(runs, fingerprint).get(code, [])}
         next_seed = next(number for number in itertools.count(42) if number not in finished)
         run = Run(
             status="unfinished",
@@ -1443,14 +1827,15 @@ class Notebook:
         unfinished, commit = make_commit(tree, head, message)
         run = run._replace(commit=commit, ref=f"{REFS}{stamp}-{commit}")
         write_results([*runs, run])  # first, because it may fail
-        git("update-ref", run.ref, unfinished, "0" * 40)  # the zeros: there must be none of this name
+        git("update-ref", run.ref, unfinished, "")  # the empty text: there must be none of this name
 
         notebook = cls(run, head, incumbent, tree, unfinished, seed is not None, lock)
         others = git("diff", "--name-only", "HEAD", "--", ":/", ":!train.py").split("\n")
         if others[0]:
             print("note: other edits are left alone:", " ".join(others)[:200])
-        if remedy := notebook.remedy(runs):
-            print(f"note: HEAD's train.py has no score, so this run cannot be judged; {from_here(remedy)}")
+        if seed is None and not notebook.can_be_judged(runs):
+            remedy = from_here(notebook.remedy(runs, commit))
+            print(f"note: HEAD's train.py has no score, so this run cannot be judged; {remedy}")
         return notebook
 
     @property
@@ -1476,50 +1861,69 @@ class Notebook:
             write_results([*others, run])
         except OSError as error:
             print(f"note: {RESULTS.name} was not written ({cause(error)}); git has the record", flush=True)
-        notes = [line for line in (reason, self.save_edits(others)) if line]
-        return Verdict(status, "\n".join(notes), from_here(self.next_command(run, others)))
+        try:
+            notes = [line for line in (reason, self.save_edits(others)) if line]
+            return Verdict(status, "\n".join(notes), from_here(self.next_command(run, others)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            return Verdict(
+                status, f"the run is recorded, but: {cause(error)}", "# look after train.py yourself"
+            )
 
     def compare(self, run: Run, others: list[Run]) -> tuple[str, str, str]:
         """Status, the number in the commit's subject and a line of reasons, for a run that has a score."""
         shown = f"{run.val_bpb:.6f}"
         if self.seed_is_chosen:
             return "reproduced", f"{shown} (seed {run.seed})", "SEED is set, so this run is not judged"
-        if self.remedy(others):
+        if not self.can_be_judged(others):
             return "unjudged", f"{shown} (unjudged)", "HEAD's train.py has no score to compare with"
-        in_order = sorted([*others, run], key=lambda run: run.ref)
-        groups = {code: [*seeds.values()] for code, seeds in scores(in_order, run.fingerprint).items()}
+        groups = comparable([*others, run], run.fingerprint)
         mine = groups[run.code]
         if self.is_baseline:
-            reason = f"this is HEAD's train.py, mean {mean(mine):.6f} of {len(mine)} run(s)"
+            reason = f"this is HEAD's train.py, mean {mean(scores(mine)):.6f} of {len(mine)} run(s)"
             return "keep" if len(mine) == 1 else "baseline", shown, reason
         if self.incumbent not in groups:
             return "keep", f"{shown} (first score)", "HEAD's train.py never had a score"
         theirs = groups[self.incumbent]
-        status, gain, se = judge(mine, theirs, pooled_sigma(groups.values(), SIGMA))
+        sigma = pooled_sigma([scores(group) for group in groups.values()], SIGMA)
+        status, gain, _ = judge(scores(mine), scores(theirs), sigma)
         mine = mine[:2]
+        reason = f"{described(mine)} against {described(theirs)}; gain {gain:+.6f}, sigma {sigma:.4f}"
+        ratio = mean(run.steps for run in mine) / max(1, mean(run.steps for run in theirs))
+        if not 0.95 <= ratio <= 1.05:
+            again = from_here("uv run train.py baseline")
+            reason += (
+                f"\n{ratio:.2f} times the steps: if the idea costs no time, the machine slowed; then {again}"
+            )
         seeds = "2 seeds" if len(mine) == 2 else "1 seed"
-        reason = f"gain {gain:+.6f}, standard error {se:.6f}, {seeds} against {len(theirs)}"
-        return status, f"{mean(mine):.6f} ({-gain:+.6f}, {seeds})", reason
+        return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
 
-    def remedy(self, runs: list[Run], commit: str = "") -> str:
-        """The command that brings a score to be judged by; empty if there is one, or this run is to be it."""
-        measured = scores(runs, self.run.fingerprint)
-        if self.incumbent in measured:
-            return ""
-        for ancestor, code in history().items():
-            if code in measured:  # somebody committed by hand
-                return f"git reset --soft {ancestor}"
+    def can_be_judged(self, runs: list[Run]) -> bool:
+        """Whether HEAD's train.py has a score or failed to get one, or this run is to bring the first."""
+        if self.incumbent in comparable(runs, self.run.fingerprint):
+            return True
+        if self.measured_ancestor(runs):
+            return False
         for run in runs:
             was_tried = (run.code, run.fingerprint) == (self.incumbent, self.run.fingerprint)
-            if was_tried and run.status != "unfinished":
-                return ""  # where all runs of HEAD's code failed, any score is a beginning
-        if self.is_baseline:
-            return ""
-        bring_back = f"git restore -s {commit or self.run.commit} train.py"
+            if was_tried and run.status in ("crash", "invalid", "timeout"):
+                return True
+        return self.is_baseline
+
+    def measured_ancestor(self, runs: list[Run]) -> str:
+        """The last commit whose train.py has a score; there is one if somebody committed by hand since."""
+        measured = comparable(runs, self.run.fingerprint)
+        return next((commit for commit, code in history().items() if code in measured), "")
+
+    def remedy(self, runs: list[Run], commit: str) -> str:
+        """The command that brings a score to be judged by; `commit` holds the train.py of this run."""
+        ancestor = self.measured_ancestor(runs)
+        if ancestor:
+            return f"git reset --soft {ancestor}"
+        bring_back = f"git restore -s {commit} train.py"
         return f"git restore -SW train.py && {{ uv run train.py baseline; {bring_back}; }}"
 
     def save_edits(self, others: list[Run]) -> str:
-        """Copy each version of train.py here that was never measured: no printed command may destroy one."""
+        """Copy versions of train.py that were never measured, so that the printed command destroys none."""
         measured = {run.code for run in others}
         measured |= {self.run.code, self.incumbent, git("rev-parse", "HEAD:./train.py")}
         versions = {line.split()[1] for line in git("ls-files", "-s", "train.py").splitlines()}
@@ -1544,12 +1948,14 @@ class Notebook:
             command = f"uv run train.py {shlex.quote(run.description)}"
         else:
             return "# edit train.py" if self.is_baseline else "git restore -SW train.py"
-        is_there = (HERE / "train.py").exists() and git("hash-object", "train.py") == run.code
-        return command if is_there or self.is_baseline else f"{bring_back} && {command}"
+        was_edited = not (HERE / "train.py").exists() or git("hash-object", "train.py") != run.code
+        if was_edited and not self.is_baseline:
+            return f"{bring_back} && {command}"
+        return command
 
 
 def running_source() -> bytes:
-    """train.py's bytes, after a check that they are what runs."""
+    """train.py's bytes, after a check that they are what runs: compiled, they equal the code on the stack."""
     source = (HERE / "train.py").read_bytes()
     running = [frame.f_code for frame, _ in traceback.walk_stack(None)]
     if compile(source, "train.py", "exec", dont_inherit=True) not in running:
@@ -1566,14 +1972,15 @@ class TrainingLog:
 
     def __init__(self, device: torch.device, bytes_per_token: float):
         self.is_cuda = device.type == "cuda"
-        self.peak_flops = peak_flops(device)
+        name = known_name(torch.cuda.get_device_name(device)) if self.is_cuda else ""
+        self.peak_flops = 1e12 * PEAK_TFLOPS.get(name, 0.0)
         self.bytes_per_token = bytes_per_token
         self.losses = torch.zeros(4, pin_memory=self.is_cuda)
         self.average_loss = math.nan
         self.steps = 0
         self.tokens = 0
         self.flops = 0.0
-        self.shown = None  # seconds, steps, tokens and FLOPs at the last line
+        self.shown = np.zeros(4)  # seconds, steps, tokens and FLOPs at the last line
 
     def add(self, loss: torch.Tensor, tokens: int, flops_per_token: float, lr_frac: float, epoch: int):
         """See Experiment.log."""
@@ -1583,15 +1990,14 @@ class TrainingLog:
         self.steps += 1
         self.tokens += tokens
         self.flops += tokens * flops_per_token
-        if self.shown is None:
-            self.shown = (CLOCK.started_s, 0, 0, 0.0)
-        if time.perf_counter() - self.shown[0] >= LOG_SECONDS and self.steps > 2:
+        has_loss = self.steps > 2
+        if has_loss and CLOCK.elapsed_seconds - self.shown[0] >= LOG_SECONDS:
             self.show(lr_frac, epoch)
 
     def check(self, step: int) -> None:
         """Raise AutoresearchError if the loss of this step is not a number, or has exploded."""
         loss = self.losses[step % 4].item()
-        if not loss <= LOSS_LIMIT:
+        if not (math.isfinite(loss) and loss <= LOSS_LIMIT):
             found = f"step {step}: the loss is {loss:.4g}, not a number up to {LOSS_LIMIT}"
             raise AutoresearchError(f"{found}; lower the learning rates, or warm up")
         self.average_loss = loss if math.isnan(self.average_loss) else 0.9 * self.average_loss + 0.1 * loss
@@ -1602,10 +2008,10 @@ class TrainingLog:
             self.check(step)
 
     def show(self, lr_frac: float, epoch: int) -> None:
-        current = (time.perf_counter(), self.steps, self.tokens, self.flops)
-        seconds, steps, tokens, flops = np.subtract(current, self.shown)
-        self.shown = current
-        elapsed = current[0] - CLOCK.started_s
+        elapsed = CLOCK.elapsed_seconds
+        now = np.array([elapsed, self.steps, self.tokens, self.flops])
+        seconds, steps, tokens, flops = now - self.shown
+        self.shown = now
         bits_per_byte = self.average_loss / math.log(2) / self.bytes_per_token
         parts = [
             f"step {self.steps:5d}",
@@ -1641,8 +2047,10 @@ class Experiment:
         self.fingerprint = "none"
         self.notebook: Notebook | None = None
         self.told = {}  # what train.py knows of the result
+        self.attention = "n/a"  # its back end; shown, but no reason not to compare two scores
         self.has_ended = threading.Event()
         self.finishing = threading.Lock()
+        self.stderr = sys.__stderr__ or open(os.devnull, "w")  # a shell can close it
 
     def __enter__(self) -> "Experiment":
         try:
@@ -1653,8 +2061,13 @@ class Experiment:
         return self
 
     def _begin(self) -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+        print_any_text()
         keep_freed_memory()
+        torch.set_num_threads(cpu_threads())
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        if wanted.isdigit() and int(wanted) > cpu_threads():
+            print(f"note: OMP_NUM_THREADS is {wanted}, but only {cpu_threads()} CPUs may be used, and are")
         tokenizer = Tokenizer.from_directory()
         self.data = tokenizer.data
         self.fingerprint = self.data.fingerprint(self.device)
@@ -1676,7 +2089,7 @@ class Experiment:
         self.data_check = ThreadPoolExecutor(1).submit(self.data.verify)
         threading.Thread(target=self._watch, daemon=True).start()
         # for a hang that holds the interpreter, so that no thread runs; its record stays unfinished
-        faulthandler.dump_traceback_later(TIME_BUDGET + GRACE + 30, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(TIME_BUDGET + GRACE + 30, exit=True, file=self.stderr)
 
     def _print_stakes(self, bytes_per_token: float) -> None:
         kind = "experiment" if self.notebook else "plain run, not recorded"
@@ -1687,7 +2100,7 @@ class Experiment:
 
     def _watch(self) -> None:
         if not self.has_ended.wait(TIME_BUDGET + GRACE):
-            faulthandler.dump_traceback(file=sys.__stderr__)
+            faulthandler.dump_traceback(file=self.stderr)
             found = f"error: not done in {TIME_BUDGET + GRACE} s"
             self._finish("timeout", f"{found}; the stacks above show where it hangs")
             os._exit(self.exit_code)
@@ -1710,7 +2123,7 @@ class Experiment:
         lr_frac: float = math.nan,
         epoch: int = 0,
     ) -> None:
-        """Report a step: its mean loss, 0-D in nats, and what it consisted of. Prints a line every 10 s or so.
+        """Report a step: its mean loss, 0-D in nats, and what it consisted of. A line comes every 10 s.
 
         Raises AutoresearchError if the loss of two steps ago is not a number or has exploded. A run that
         never logs is scored all the same.
@@ -1718,20 +2131,29 @@ class Experiment:
         self.training_log.add(loss, tokens, flops_per_token, lr_frac, epoch)
 
     def summary(
-        self, mfu_percent=None, total_tokens_M=None, num_steps=None, num_params_M="n/a", depth="n/a"
+        self,
+        mfu_percent: float | str | None = None,
+        total_tokens_M: float | str | None = None,
+        num_steps: int | None = None,
+        num_params_M: float | str = "n/a",
+        depth: int | str = "n/a",
+        attention: str = "n/a",
     ) -> None:
-        """Print `---` and the result, `key: value` lines. What train.py does not tell is taken from its log."""
+        """Print `---` and the result, `key: value` lines. What train.py does not tell comes from its log."""
         log = self.training_log
         if mfu_percent is None:
             mfu_percent = log.mfu(log.flops, CLOCK.training_seconds)
-        elif not isinstance(mfu_percent, str):
+        elif isinstance(mfu_percent, float):
             mfu_percent = f"{mfu_percent:.2f}"
         if total_tokens_M is None:
             total_tokens_M = log.tokens / 1e6 if log.tokens else "n/a"
+        if num_steps is None:
+            num_steps = log.steps or "n/a"
+        self.attention = attention
         self.told = {
             "mfu_percent": mfu_percent,
             "total_tokens_M": total_tokens_M,
-            "num_steps": num_steps or log.steps or "n/a",
+            "num_steps": num_steps,
             "num_params_M": num_params_M,
             "depth": depth,
         }
@@ -1751,6 +2173,7 @@ class Experiment:
             "eval_seconds": CLOCK.finished_s - CLOCK.stopped_s,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            "attention": self.attention,
         }
         lines = []
         for key, value in values.items():
@@ -1790,7 +2213,8 @@ class Experiment:
             self.exit_code = 1 if failure else 0
             faulthandler.cancel_dump_traceback_later()
             with contextlib.suppress(OSError):  # nobody may be there to read it
-                sys.stdout.flush()
+                if sys.stdout:
+                    sys.stdout.flush()
                 if message:
                     print(message, file=sys.stderr, flush=True)
             if self.notebook:
@@ -1851,8 +2275,9 @@ def shortened_traceback(kind: type, error: BaseException, trace: object) -> str:
 class Night(NamedTuple):
     """The runs of a repository, by number from 1 up; scores compare only between those of one fingerprint."""
 
+    branch: str  # on which the reader is
     runs: dict[int, Run]
-    comparable: dict[int, Run]  # with the newest one
+    alike: dict[int, Run]  # those that compare with this branch's newest one
     kept: dict[int, Run]  # their train.py stands in HEAD's history
     levels: dict[int, float]  # val_bpb of the kept ones, a mean over their seeds
 
@@ -1862,32 +2287,38 @@ def report() -> None:
     try:
         runs, complaints = read_runs()
         codes = set(history().values())
-    except subprocess.CalledProcessError as error:
+        branch = git("rev-parse", "--abbrev-ref", "HEAD")
+    except (OSError, subprocess.CalledProcessError) as error:
         raise AutoresearchError(f"there is no record to report: {cause(error)}") from None
     for complaint in complaints:
         print(f"note: {complaint}")
     if not runs:
         raise AutoresearchError(f"{HERE}: no experiments yet; run: uv run train.py baseline")
     write_results(runs)
-    night = look_back(runs, codes)
+    night = look_back(runs, codes, branch)
     print_night(night)
-    draw(night)
-    print(f"\nchart: {HERE / 'progress.png'}")
+    print_branches(runs)
+    try:
+        draw(night)
+        print(f"\nchart: {HERE / 'progress.png'}")
+    except ImportError:
+        print("\nno chart: matplotlib is not installed; uv sync brings it")
 
 
-def look_back(runs: list[Run], codes: set[str]) -> Night:
+def look_back(runs: list[Run], codes: set[str], branch: str) -> Night:
     numbered = dict(enumerate(runs, 1))
-    fingerprint = runs[-1].fingerprint
-    comparable = {number: run for number, run in numbered.items() if run.fingerprint == fingerprint}
-    groups = scores(runs, fingerprint)
-    number_of_code = {}  # the run of a code that was kept, otherwise its first one
-    for number, run in comparable.items():
+    newest = [run for run in runs if run.branch == branch] or runs
+    fingerprint = newest[-1].fingerprint
+    alike = {number: run for number, run in numbered.items() if run.fingerprint == fingerprint}
+    groups = comparable(runs, fingerprint)
+    number_of_code = {}  # for each code the number of its run with status keep, otherwise of its first run
+    for number, run in alike.items():
         if run.code in codes and run.code in groups and run.has_score:
             if run.code not in number_of_code or run.status == "keep":
                 number_of_code[run.code] = number
-    kept = {number: comparable[number] for number in sorted(number_of_code.values())}
-    levels = {number: mean(list(groups[run.code].values())[:2]) for number, run in kept.items()}
-    return Night(numbered, comparable, kept, levels)
+    kept = {number: alike[number] for number in sorted(number_of_code.values())}
+    levels = {number: mean(scores(groups[run.code])[:2]) for number, run in kept.items()}
+    return Night(branch, numbered, alike, kept, levels)
 
 
 def print_night(night: Night) -> None:
@@ -1898,7 +2329,7 @@ def print_night(night: Night) -> None:
     pace = f"{hours:.1f} hours of running, {len(runs) / max(hours, 1e-3):.1f} per hour"
     print(f"{len(runs)} experiments in {pace}")
     print(f"{len(night.kept)} kept, {dropped} dropped or repeated, {failed} without a score")
-    others = len(runs) - len(night.comparable)
+    others = len(runs) - len(night.alike)
     if others:
         print(f"{others} of them do not compare with the last one: another corpus, version or device")
     if night.levels:
@@ -1916,21 +2347,38 @@ def print_night(night: Night) -> None:
     if len(lines) > 20:
         print(f"the last 20 of {len(lines)} kept ones:")
     print("\n".join(lines[-20:]))
-    for run in runs[max(night.kept, default=0) :]:
-        is_last = run is runs[-1]
-        if run.status == "keep" or is_last and run.status in ("maybe", "unfinished"):
-            print(f"pending: {run.commit}  {run.val_bpb:.6f}  {run.status}: {run.description}")
+    last_kept = max(night.kept, default=0)
+    later = [run for run in runs[last_kept:] if run.branch == night.branch]
+    pending = [run for run in later[:-1] if run.status == "keep"]
+    pending += [run for run in later[-1:] if run.status in ("keep", "maybe", "unfinished")]
+    for run in pending[-3:]:
+        print(f"pending: {run.commit}  {run.val_bpb:.6f}  {run.status}: {run.description}")
+
+
+def print_branches(runs: list[Run]) -> None:
+    """A line for each branch, so that two programs that worked side by side can be compared."""
+    branches: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        branches[run.branch].append(run)
+    for branch, own in list(branches.items())[-8:]:
+        kept = [run for run in own if run.status == "keep"]
+        alike = [run for run in own if run.fingerprint == own[-1].fingerprint]
+        levels = scores([run for run in alike if run.status == "keep"])
+        hours = max(sum(run.seconds for run in alike) / 3600, 1e-3)
+        gain = f", {(levels[0] - min(levels)) / hours:.4f} bpb an hour" if levels else ""
+        print(f"branch {branch or '-'}: {len(own)} runs, {len(kept)} kept{gain}")
 
 
 def draw(night: Night) -> None:
     """Every run a dot, kept ones labelled, the best so far a line; what is out of range sits on the edge."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook sets one that may not exist here
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots()
-    values = {number: run.val_bpb for number, run in night.comparable.items() if run.has_score}
-    lost = [number for number in night.comparable if number not in values]
-    last = max(night.comparable)
+    values = {number: run.val_bpb for number, run in night.alike.items() if run.has_score}
+    lost = [number for number in night.alike if number not in values]
+    last = max(night.alike)
     kept = list(night.kept)
     levels = list(night.levels.values())
 
@@ -1954,7 +2402,7 @@ def draw(night: Night) -> None:
         place = (number, night.levels[number])
         axes.annotate(label, place, (4, 6), textcoords="offset points", rotation=35, fontsize=8)
 
-    axes.set_title(f"{len(night.comparable)} runs, {len(kept)} kept, {len(lost)} without a score")
+    axes.set_title(f"{len(night.alike)} runs, {len(kept)} kept, {len(lost)} without a score")
     axes.set_xlabel("run")
     axes.set_ylabel("val_bpb (lower is better)")
     axes.set_xlim(0, 1.15 * last + 1)
@@ -1974,6 +2422,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_any_text()
     parser = Parser(prog="prepare.py", description="Prepare a corpus for train.py, once.")
     corpora = "climbmix, tinystories, python or a folder of .parquet, .jsonl, .txt, .md"
     parser.add_argument("--data", default=DEFAULT_CORPUS, help=f"{corpora} (default here: %(default)s)")
@@ -1989,9 +2438,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except AutoresearchError as error:
         message = str(error)
+    except BrokenPipeError:  # nobody reads on, as after `head -1`
+        sys.stdout = None
+        return 1
     except OSError as error:
-        found = f"{error.filename or CACHE}: {error.strerror or error}"
-        message = f"{found}; make room there, or move AUTORESEARCH_CACHE"
+        name = error.filename or CACHE
+        remedy = "make room there, or make it writable"
+        if str(CACHE) in str(name):
+            remedy = "make room there, or move AUTORESEARCH_CACHE"
+        message = f"{name}: {error.strerror or error}; {remedy}"
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut off the line below
         message = "interrupted; run prepare.py again to continue"
@@ -2001,5 +2456,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, AttributeError):  # nobody may be there to read it
+        sys.stdout.flush()
     os._exit(code)  # after an error a thread may still wait for the network

@@ -2,10 +2,10 @@
 
     uv run python tests/bench.py [--quick]
 
-Prints a line about the hardware and then a table, row by row, that can be pasted into the README. It takes about 12
-minutes on two CPU cores; --quick leaves out the full run, which is half of that. All of it happens in a temporary
-folder, on the Python sources of this environment: no network, no row in the notebook, and a val_bpb that compares only
-with others on the same sources.
+Prints a line about the hardware and then a table, row by row, that can be pasted into the README. It takes
+about 12 minutes on two CPU cores; --quick leaves out the full run, which is half of that. All of it happens
+in a temporary folder, on the Python sources of this environment: no network, no record, and a val_bpb that
+compares only with others on the same sources.
 """
 
 import argparse
@@ -30,43 +30,51 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 
 SHORT_BUDGET = 10  # seconds of training where only the time around it counts
-LOADER_TOKENS, LOADER_REPEATS = 20_000_000, 7
-ATTENTION_STEPS, ATTENTION_ROUNDS = 4, 5
-CONFIGS = {"full": train.FULL, "small": train.SMALL}
+LOADER_TOKENS = 20_000_000
+LOADER_REPEATS = 7
+ATTENTION_STEPS = 4
+ATTENTION_ROUNDS = 5
+
+
+def config_of(scale: str) -> train.Config:
+    return train.CONFIGS["MAC" if prepare.default_device().type == "mps" else scale.upper()]
 
 
 def row(figure: str, values: list[float], form: str = ",.1f") -> None:
     """A row of the table: median, spread and number of the values; "n/a" where there are none."""
-    shown = [f"{value:{form}}" for value in (statistics.median(values), min(values), max(values))] if values else []
-    middle, low, high = shown or ["n/a"] * 3
+    middle = low = high = "n/a"
+    if values:
+        numbers = (statistics.median(values), min(values), max(values))
+        middle, low, high = (f"{number:{form}}" for number in numbers)
     spread = f"{low} to {high}" if len(values) > 1 else ""
     print(f"| {figure:<64} | {middle:>10} | {spread:>22} | {len(values) or '':>2} |", flush=True)
 
 
-# == 1. Other processes ================================================================================================
+# == 1. Other processes ========================================================
 
 
 def make_lab(folder: Path) -> Path:
-    """A git repository with this train.py and prepare.py, so that the runs keep a notebook of their own."""
-    (folder / "tests").mkdir(parents=True)
-    for name in ("prepare.py", "train.py", "tests/short.py"):
+    """A folder with this train.py and prepare.py."""
+    folder.mkdir()
+    for name in ("prepare.py", "train.py"):
         shutil.copy(ROOT / name, folder / name)
-    identity = ("-c", "user.name=bench", "-c", "user.email=bench", "-c", "commit.gpgsign=false")
-    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-q", "-m", "bench")):
-        subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 
 
-def run(lab: Path, scale: str, *command: object, caches: Path | None = None) -> tuple[float, float, str]:
+def run(
+    lab: Path, scale: str, *command: object, caches: Path | None = None, budget: int | None = None
+) -> tuple[float, float, str]:
     """(seconds, peak GiB, output) of `python COMMAND` in the lab; the benchmark ends if that fails.
 
-    `caches` is the folder for what torch, Triton and Python compile, in place of the usual ones. On Linux the peak is
-    at least that of the parent; here that is an `import torch`, which every child does as well.
+    `caches` is the folder for what torch, Triton and Python compile, in place of the usual ones. On Linux the
+    peak is at least that of the parent; here that is an `import torch`, which every child does as well.
     """
     env = os.environ | {"AUTORESEARCH_SCALE": scale}
+    if budget:
+        env["AUTORESEARCH_BUDGET"] = str(budget)
     if caches:
-        names = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPYCACHEPREFIX"
-        env |= {name: str(caches / name) for name in names}
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPYCACHEPREFIX"):
+            env[name] = str(caches / name)
         env["PYTHONDONTWRITEBYTECODE"] = ""  # which is off: else no later run would find any
     command = [sys.executable, *map(str, command)]
     # a file, no pipe: a compiler's worker that outlives its parent would hold that open
@@ -83,12 +91,15 @@ def run(lab: Path, scale: str, *command: object, caches: Path | None = None) -> 
     return seconds, usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), text
 
 
-def run_training(lab: Path, scale: str, *command: object) -> dict[str, float]:
-    """The numbers of the summary that a run prints; `outside_seconds` is all of its time but that of the training."""
-    seconds, _, text = run(lab, scale, *command, caches=lab.parent / f"caches-{scale}")
-    summary = {key: float(value) for key, value in re.findall(r"^([a-zM_]+): +([\d.]+)$", text, re.MULTILINE)}
+def run_training(lab: Path, scale: str, budget: int | None = None) -> dict[str, float]:
+    """The numbers of the summary of a plain run; `outside_seconds` is all of its time but the training."""
+    seconds, _, text = run(lab, scale, "train.py", caches=lab.parent / f"caches-{scale}", budget=budget)
+    found = re.findall(r"^([a-zM_]+): +([\d.]+)$", text, re.MULTILINE)
+    summary = {key: float(value) for key, value in found}
     epochs = [int(epoch) for epoch in re.findall(r"\| epoch (\d+) \|", text)]
-    return summary | {"outside_seconds": seconds - summary["training_seconds"], "epoch": max(epochs, default=1)}
+    summary["epoch"] = max(epochs, default=1)
+    summary["outside_seconds"] = seconds - summary["training_seconds"]
+    return summary
 
 
 def run_part(scale: str, part: str) -> None:
@@ -97,7 +108,7 @@ def run_part(scale: str, part: str) -> None:
     subprocess.run([sys.executable, __file__, "--part", part], env=env, check=True)
 
 
-# == 2. Figures of whole programs ======================================================================================
+# == 2. Figures of whole programs ==============================================
 
 
 def preparation(lab: Path, scale: str) -> None:
@@ -105,7 +116,8 @@ def preparation(lab: Path, scale: str) -> None:
     seconds, peak_gib, text = run(*command)
     row(f"{scale}: prepare.py --data python, empty cache, s", [seconds])
     row(f"{scale}: prepare.py --data python, peak memory, GiB", [peak_gib], ".2f")
-    row(f"{scale}: training tokens in that corpus, M", [int(text.split("data: ")[1].split()[0].replace(",", "")) / 1e6])
+    tokens = re.search(r"^data: ([\d,]+) training tokens", text, re.MULTILINE)[1]
+    row(f"{scale}: training tokens in that corpus, M", [int(tokens.replace(",", "")) / 1e6])
     again = [run(*command) for _ in range(3)]
     assert all("nothing to do" in text for _, _, text in again), again
     row(f"{scale}: prepare.py --data python, nothing to do, s", [seconds for seconds, _, _ in again])
@@ -119,24 +131,26 @@ def training_rows(label: str, runs: list[dict[str, float]]) -> None:
 
 
 def around_training(lab: Path, scale: str) -> None:
-    """The first run finds nothing compiled, neither kernels nor Python's bytecode; the others find all of it."""
-    short = (lab, scale, "tests/short.py", SHORT_BUDGET, "train.py", "bench")
-    training_rows(f"{scale}: train.py, cold caches", [run_training(*short)])
-    training_rows(f"{scale}: train.py, warm caches", [run_training(*short) for _ in range(3)])
+    """The first run finds nothing compiled, neither kernels nor Python's bytecode; the others find it all."""
+    runs = [run_training(lab, scale, SHORT_BUDGET) for _ in range(4)]
+    training_rows(f"{scale}: train.py, cold caches", runs[:1])
+    training_rows(f"{scale}: train.py, warm caches", runs[1:])
 
 
 def imports(lab: Path, scale: str) -> None:
     """Whole processes, alternating, with the bytecode of the training runs."""
     seconds = {"torch": [], "train": []}
     for module in [*seconds] * 5:
-        seconds[module].append(run(lab, scale, "-c", f"import {module}", caches=lab.parent / f"caches-{scale}")[0])
+        took, _, _ = run(lab, scale, "-c", f"import {module}", caches=lab.parent / f"caches-{scale}")
+        seconds[module].append(took)
     for module in seconds:
         row(f"python -c 'import {module}', s", seconds[module], ".2f")
 
 
 def full_run(lab: Path, scale: str) -> None:
-    found, label = run_training(lab, scale, "train.py", "bench"), f"{scale}: full run"
-    tokens = found["num_steps"] * CONFIGS[scale].batch_tokens  # the summary has them in millions, rounded
+    label = f"{scale}: full run"
+    found = run_training(lab, scale)
+    tokens = found["num_steps"] * config_of(scale).batch_tokens  # the summary has them in millions, rounded
     row(f"{label}, val_bpb on the Python sources", [found["val_bpb"]], ".6f")
     row(f"{label}, training tokens/s", [tokens / found["training_seconds"]], ",.0f")
     row(f"{label}, MFU, %", [found["mfu_percent"]] if "mfu_percent" in found else [], ".2f")
@@ -145,11 +159,11 @@ def full_run(lab: Path, scale: str) -> None:
     training_rows(label, [found])
 
 
-# == 3. Parts, each in a process of its own ============================================================================
+# == 3. Parts, each in a process of its own ====================================
 
 
 def anonymous_mib() -> float | None:
-    """Resident memory of this process in MiB, without the mapped token files; None where that is not known."""
+    """Resident memory of this process in MiB, without the mapped token files; None where it is not known."""
     if sys.platform == "linux":
         return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     return None
@@ -157,9 +171,12 @@ def anonymous_mib() -> float | None:
 
 def dataloader() -> None:
     """Batches on the CPU, from one process."""
-    B, T = (32 if prepare.SCALE == "full" else 64), prepare.MAX_SEQ_LEN
+    T = prepare.MAX_SEQ_LEN
+    B = 64 if prepare.SCALE == "small" else 32
     batches = prepare.make_dataloader(prepare.Tokenizer.from_directory(), B, T, device="cpu")
-    count, speeds, resident = LOADER_TOKENS // (B * T), [], []
+    count = LOADER_TOKENS // (B * T)
+    speeds = []
+    resident = []
     for _ in range(LOADER_REPEATS):
         begun = time.perf_counter()
         for _ in itertools.islice(batches, count):
@@ -172,31 +189,33 @@ def dataloader() -> None:
     row(f"{prepare.SCALE}: dataloader, {growth}", [resident[-1] - resident[1]] if resident[1] else [])
 
 
-def back_ends(device: torch.device, windows: set[int]) -> dict[str, Callable]:
+def back_ends(config: train.Config, device: torch.device) -> dict[str, Callable]:
     """{name: a function that makes it} for each attention back end that is meant for this device."""
     makers = {"sdpa_attention": lambda: train.sdpa_attention}
-    if device.type == "cpu":
-        makers["block_attention"] = lambda: train.block_attention
     if train.can_compile(device):
-        makers["flex_attention"] = lambda: train.flex_attention(prepare.MAX_SEQ_LEN, windows, device)
-        makers["flash_attention_3"] = train.flash_attention_3
+        windows = set(config.layer_windows(prepare.MAX_SEQ_LEN))
+        makers["flex_attention"] = lambda: train.flex_attention_for(prepare.MAX_SEQ_LEN, windows, device)
+        makers["flash_attention_3"] = train.load_flash_attention_3
     return makers
 
 
 def training_step(config: train.Config, device: torch.device, attend: Callable) -> tuple[Callable, int]:
-    """A warmed-up function that takes one optimizer step on random tokens, and its FLOPs: train.main's wiring."""
-    dtype, compiled = train.compute_dtype(device), train.can_compile(device)
-    train.keep_freed_memory()
+    """A warmed-up function that takes one step on random tokens, and its FLOPs: as in train.train."""
+    T = prepare.MAX_SEQ_LEN
+    dtype = train.compute_dtype(device)
+    compiled = train.can_compile(device)
+    prepare.keep_freed_memory()
     with device:
-        model = train.GPT(config, prepare.VOCAB_SIZE, prepare.MAX_SEQ_LEN, attend, dtype)
+        model = train.GPT(config, prepare.VOCAB_SIZE, T, attend, dtype)
     if compiled:
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64  # several models share the code that is compiled
         model.compile(dynamic=False)
     optimizer = train.MuonAdamW(model, config, dtype, compiled)
-    rows = train.fit_micro_batch(lambda rows: train.warm_up(model, optimizer, rows), config.micro_rows)
-    micro_batches = config.micro_batches(rows, model.seq_len)
-    inputs, targets = torch.randint(prepare.VOCAB_SIZE, (2, rows, model.seq_len), device=device)
+    first = train.first_rows(config, device)
+    rows = train.fit_micro_batch(lambda rows: train.warm_up(model, optimizer, rows, 42), first)
+    micro_batches = config.micro_batches(rows, T)
+    inputs, targets = torch.randint(prepare.VOCAB_SIZE, (2, rows, T), device=device)
 
     def step() -> None:
         train.accumulate_gradients(model, itertools.repeat((inputs, targets, 0)), micro_batches)
@@ -208,10 +227,13 @@ def training_step(config: train.Config, device: torch.device, attend: Callable) 
 
 def attention() -> None:
     """Training steps with each back end, the back ends in turn."""
-    config, device = CONFIGS[prepare.SCALE], prepare.default_device()
+    config = config_of(prepare.SCALE)
+    device = prepare.default_device()
     synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
-    steps, seconds, batch_flops = {}, {}, 0
-    for name, make in back_ends(device, set(config.layer_windows(prepare.MAX_SEQ_LEN))).items():
+    steps = {}
+    seconds = {}
+    batch_flops = 0
+    for name, make in back_ends(config, device).items():
         try:
             steps[name], batch_flops = training_step(config, device, make())
             seconds[name] = []
@@ -225,12 +247,12 @@ def attention() -> None:
             steps[name]()
         synchronize()
         seconds[name].append(time.perf_counter() - begun)
-    monitor = train.Monitor(device, config.batch_tokens, batch_flops)
+    peak = prepare.peak_flops(device)
     for name in steps:
         speeds = [ATTENTION_STEPS * config.batch_tokens / s for s in seconds[name]]
         row(f"{prepare.SCALE}: {name}, training tokens/s", speeds, ",.0f")
-        mfus = [monitor.mfu_percent(ATTENTION_STEPS, s) for s in seconds[name]]
-        row(f"{prepare.SCALE}: {name}, MFU, %", [float(mfu) for mfu in mfus if mfu != "n/a"], ".2f")
+        mfus = [100 * ATTENTION_STEPS * batch_flops / s / peak for s in seconds[name]] if peak else []
+        row(f"{prepare.SCALE}: {name}, MFU, %", mfus, ".2f")
 
 
 def logits() -> None:
@@ -243,9 +265,11 @@ def logits() -> None:
         raise Asked(inputs.numel())
 
     try:
-        prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), CONFIGS[prepare.SCALE].eval_rows)
+        rows = config_of(prepare.SCALE).eval_rows
+        prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), rows)
     except Asked as asked:
-        gib, limit = asked.args[0] * prepare.VOCAB_SIZE * 4 / 2**30, prepare.LOGITS_BYTES / 2**30
+        gib = asked.args[0] * prepare.VOCAB_SIZE * 4 / 2**30
+        limit = prepare.LOGITS_BYTES / 2**30
         row(f"{prepare.SCALE}: logits that the evaluation holds, limit {limit:.2f}, GiB", [gib], ".2f")
 
 
@@ -262,13 +286,15 @@ def main() -> None:
     here = prepare.SCALE  # full with CUDA, small without, unless AUTORESEARCH_SCALE says otherwise
     device = prepare.default_device()
     versions = f"{train.compute_dtype(device)}, torch {torch.__version__}, Python {sys.version.split()[0]}"
-    print(f"{prepare.device_name(device)}; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {versions}\n")
+    cores = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    print(f"{prepare.device_name(device)}; {cores}, {versions}\n")
     print(f"| {'figure':<64} | {'median':>10} | {'min to max':>22} |  n |\n|---|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(prefix="autoresearch-bench-", ignore_cleanup_errors=True) as folder:
         lab = make_lab(Path(folder) / "lab")
         os.environ |= {"AUTORESEARCH_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1"}  # for the children
-        os.environ.pop("SEED", None)
-        for scale in prepare.SCALES:
+        for name in ("SEED", "AUTORESEARCH_BUDGET"):
+            os.environ.pop(name, None)
+        for scale in dict.fromkeys(("full", "small", here)):
             preparation(lab, scale)
             run_part(scale, "dataloader")
             run_part(scale, "logits")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.lab import BETTER, ROOT, Lab, Outcome
+from helpers.lab import ROOT, SLIGHT, Lab, Outcome
 
 # before prepare.py is imported: its scale and its cache are read once
 os.environ["AUTORESEARCH_SCALE"] = "small"
@@ -74,13 +74,13 @@ def cache_copy(cache: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def night(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, list[Outcome]]:
-    """A repository after three runs: a baseline, which was merged, another, and a candidate that gains."""
+    """A repository after three runs: a baseline, which was merged, another, and a candidate: maybe."""
     lab = Lab.create(tmp_path_factory.mktemp("night") / "repository")
     outcomes = [lab.run("baseline")]
     lab.sh(outcomes[0].next)
     outcomes.append(lab.run("baseline"))
-    lab.edit(BETTER)
-    outcomes.append(lab.run("4 -> 7 steps"))
+    lab.edit(SLIGHT)
+    outcomes.append(lab.run("rate 0.054"))
     return lab, outcomes
 
 

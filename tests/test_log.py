@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.experiments import CPU, StillClock, keep_cuda_busy, still_clock, toy, uniform
+from helpers.experiments import StillClock, keep_cuda_busy, still_clock, toy, uniform
 from torch.overrides import TorchFunctionMode
 
 import prepare
@@ -120,19 +120,17 @@ def test_the_loss_is_an_average_two_steps_late(cache, clock, capsys):
 
 
 def test_the_table_of_devices_finds_each_name():
-    """The first name that is part of a device's counts, so none may stand before a longer one."""
-    names = list(prepare.PEAK_TFLOPS)
-    for i, name in enumerate(names):
-        assert not any(earlier in name for earlier in names[:i]), name
-    assert prepare.peak_flops(CPU) == 0
+    """A longer name comes first, so that H100 PCIe is not taken for H100."""
+    for name in prepare.PEAK_TFLOPS:
+        assert prepare.known_name(f"NVIDIA {name} 80GB") == name
+    assert prepare.known_name("NVIDIA RTX A1000") == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_mfu_is_that_of_this_device():
-    name = torch.cuda.get_device_name()
-    parts = [part for part in prepare.PEAK_TFLOPS if part in name]
-    expected = 1e12 * prepare.PEAK_TFLOPS[parts[0]] if parts else 0
-    assert prepare.peak_flops(torch.device("cuda")) == expected
+    name = prepare.known_name(torch.cuda.get_device_name())
+    log = prepare.TrainingLog(torch.device("cuda"), bytes_per_token=3.0)
+    assert log.peak_flops == 1e12 * prepare.PEAK_TFLOPS.get(name, 0)
 
 
 # -- losses --------------------------------------------------------------------------------------------------

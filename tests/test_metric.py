@@ -233,7 +233,7 @@ def test_out_of_memory_with_one_row_is_an_error(tokenizer):
         evaluate_bpb(Hungry(limit=0), tokenizer, 8)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_model_is_scored_in_evaluation_mode(tokenizer, training):
     """And keeps the mode that it had."""
 
@@ -299,8 +299,10 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("kind", [Net, Rounded])
-@pytest.mark.parametrize("mix", HONEST)
+@pytest.mark.parametrize("kind", [pytest.param(Net, marks=pytest.mark.slow), Rounded])
+@pytest.mark.parametrize(
+    "mix", ["attention", *(pytest.param(mix, marks=pytest.mark.slow) for mix in HONEST if mix != "attention")]
+)
 def test_honest_models_pass(tokenizer, mix, kind):
     found = evaluate_bpb(kind(HONEST[mix]), tokenizer, BATCH)
     assert 1e-4 < abs(found - bigram_bpb(tokenizer)) < 1  # the mix matters
@@ -374,6 +376,9 @@ LEAKS = {  # what leaks, and the honest twin that does the same with the past of
 }
 
 
+CHEAP_LEAKS = ("attention without a mask", "one token", "a summary of the block", "T/2 tokens")
+
+
 def batch_size_for(leak: str) -> int:
     return 16 if leak == "in large batches" else BATCH
 
@@ -387,7 +392,9 @@ def test_a_leak_is_caught(tokenizer, leak, size):
         evaluate_bpb(Net(LEAKS[leak][0], size), tokenizer, batch_size_for(leak))
 
 
-@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize(
+    "leak", [pytest.param(leak, marks=[pytest.mark.slow] * (leak not in CHEAP_LEAKS)) for leak in LEAKS]
+)
 def test_the_honest_twin_of_a_leak_passes(tokenizer, leak):
     found = evaluate_bpb(Net(LEAKS[leak][1]), tokenizer, batch_size_for(leak))
     assert abs(found - bigram_bpb(tokenizer)) > 1e-5  # the mix matters
@@ -398,6 +405,7 @@ def test_a_leak_in_large_batches_is_none_in_small_ones(tokenizer):
     assert evaluate_bpb(model, tokenizer, 15) == pytest.approx(bigram_bpb(tokenizer), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_leak_behind_one_rare_token_is_caught(tokenizer):
     """A leak by one position, and nearly always."""
     inputs = tokenizer.data.rows[:, :-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.fork_server import wait_for
-from helpers.lab import BETTER, COLUMNS, CRASH, OTHER, TRAIN, Lab, Running
+from helpers.lab import BETTER, COLUMNS, CRASH, OTHER, SLIGHT, TRAIN, WORSE, Lab, Running, shown
 from helpers.records import record, ref, text_of, write_records
 
 import prepare
@@ -40,7 +40,7 @@ def spreadsheet(text: str) -> str:
 HARM = {
     "deleted": (lambda text: None, False),
     "cut in half": (lambda text: text[: 2 * len(text) // 3], False),
-    "a false score": (lambda text: text.replace("\tbaseline\t", "\tkeep\t").replace("\t3.2", "\t0.2"), False),
+    "a false score": (lambda text: text.replace("\tbaseline\t", "\tkeep\t").replace("\t3.", "\t0."), False),
     "garbage behind it": (lambda text: text + "\0\0\0\n<<<<<<< HEAD\n\udcff", False),
     "Windows line ends": (lambda text: text.replace("\n", "\r\n"), True),
     "a spreadsheet": (spreadsheet, True),
@@ -52,23 +52,30 @@ HARM = {
 JUDGED = ("deleted", "a false score")
 
 
-@pytest.mark.parametrize("harm", HARM)
+QUICK = ("deleted", "a spreadsheet")
+
+
+@pytest.mark.parametrize(
+    "harm", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HARM]
+)
 def test_results_tsv_is_whole_after_a_run(begun, harm):
     lab = begun
     change, is_foreign = HARM[harm]
-    lab.edit(BETTER)
+    lab.edit(SLIGHT)
     if harm not in JUDGED:
         lab.edit(
             ("    evaluate_bpb(", "    sys.exit()\n    evaluate_bpb(")
         )  # spares the time of the evaluation
-    run = lab.start("4 -> 7 steps", **hold(lab)).reached()
+    run = lab.start("rate 0.054", **hold(lab)).reached()
     harmed = change(lab.results.read_text())
     lab.results.unlink()
     if harmed is not None:
         lab.results.write_bytes(harmed.encode("utf-8", "surrogateescape"))
     outcome = run.released()
     assert outcome.status == ("keep" if harm in JUDGED else "crash")
-    assert harm not in JUDGED or "2 seeds against 2" in outcome.output
+    if harm in JUDGED:
+        record = lab.record()
+        assert outcome.compared() == (shown(record[2:]), shown(record[:2]))
     assert lab.rows() == as_shown(lab.record()) and len(lab.rows()) == 4
     aside = list(lab.folder.glob("results.tsv.*"))
     assert ("written by something else" in outcome.output) == is_foreign
@@ -119,9 +126,17 @@ def read(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> tuple[list[prepare.Run], 
     return prepare.read_runs()
 
 
+@pytest.fixture(scope="module")
+def empty_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab.create(tmp_path_factory.mktemp("empty") / "repository")
+
+
 @pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab.create(tmp_path / "repository")
+def lab(empty_lab: Lab) -> Lab:
+    """A repository without a record; all tests have the same one."""
+    deletions = empty_lab.git("for-each-ref", "--format=delete %(refname)", "refs/autoresearch")
+    empty_lab.git("update-ref", "--stdin", input=f"{deletions}\n".lstrip().encode())
+    return empty_lab
 
 
 def commit(lab: Lab, text: str) -> str:
@@ -145,10 +160,11 @@ def test_runs_come_in_the_order_of_their_starts(lab, monkeypatch):
     assert [run.description for run in runs] == [f"idea {number}" for number in range(12)]
 
 
+@pytest.mark.slow
 def test_two_thousand_records_are_read_in_a_second(lab, monkeypatch):
     write_records(lab, [record(number, details="a line of a traceback\n" * 30) for number in range(2000)])
-    durations = []
-    for _ in range(3):  # the machine may be busy
+    durations = [60.0]
+    while min(durations) > 1 and len(durations) < 5:  # the machine may be busy
         began = time.perf_counter()
         runs, complaints = read(lab, monkeypatch)
         durations.append(time.perf_counter() - began)
@@ -217,10 +233,11 @@ def test_foreign_refs_confuse_nothing(begun, monkeypatch):
     runs, complaints = read(lab, monkeypatch)
     assert runs == mine
     assert sorted(line.split()[0] for line in complaints) == sorted(f"refs/autoresearch/{n}" for n in foreign)
-    lab.edit(BETTER)
-    outcome = lab.run("4 -> 7 steps")
+    lab.edit(SLIGHT)
+    outcome = lab.run("rate 0.054")
     assert outcome.status == "keep" and outcome.output.count("it is left out") == len(foreign)
-    assert "2 seeds against 2" in outcome.output and len(lab.rows()) == 4
+    rows = lab.rows()
+    assert outcome.compared() == (shown(rows[2:]), shown(rows[:2])) and len(rows) == 4
     assert "refs/autoresearch/tree" in lab.git("for-each-ref"), "it stays where it is"
 
 
@@ -233,7 +250,9 @@ LENGTHS = [0, 1, 2, 20, 0.5, -1]  # bytes; a share of the file; bytes from the e
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_truncated_object_hides_one_record(begun, monkeypatch, length, which):
     lab = begun
     mine, _ = read(lab, monkeypatch)
@@ -253,11 +272,12 @@ def test_a_run_goes_on_beside_a_truncated_object(begun):
     path = loose_object(lab, hidden["commit"])
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:50])
-    lab.edit(BETTER)
-    outcome = lab.run("4 -> 7 steps")
-    assert outcome.status == "keep" and "2 seeds against 1" in outcome.output
+    lab.edit(SLIGHT)
+    outcome = lab.run("rate 0.054")
+    rows = lab.rows()
+    assert outcome.status == "keep" and outcome.compared() == (shown(rows[1:]), shown(rows[:1]))
     assert outcome.output.count("it is left out") == 1
-    assert [row["description"] for row in lab.rows()] == ["baseline", "4 -> 7 steps", "4 -> 7 steps"]
+    assert [row["description"] for row in rows] == ["baseline", "rate 0.054", "rate 0.054"]
     path.write_bytes(b"")
     lab.git("update-ref", "refs/heads/still-works", "HEAD")
 
@@ -265,6 +285,7 @@ def test_a_run_goes_on_beside_a_truncated_object(begun):
 # -- interruption ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_stays_unfinished(begun):
     lab = begun
     lab.edit(BETTER)
@@ -311,11 +332,11 @@ EVERY_WAY = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
 @pytest.mark.parametrize(
     "count, signals",
     [
-        (5, [signal.SIGKILL]),
+        (3, [signal.SIGKILL]),
         pytest.param(20, [signal.SIGKILL], marks=pytest.mark.slow),
         pytest.param(30, EVERY_WAY, marks=pytest.mark.slow),
     ],
-    ids=["5 kills", "20 kills", "30 signals"],
+    ids=["3 kills", "20 kills", "30 signals"],
 )
 def test_ended_at_random_moments(begun, count, signals):
     lab = begun
@@ -360,12 +381,14 @@ def test_ended_at_random_moments(begun, count, signals):
     assert (lab.state(), files(lab)) == (state, known_files), story
 
 
-@pytest.mark.parametrize("at, is_recorded", [("    with Experiment(", False), (LAST, True)])
+@pytest.mark.parametrize(
+    "at, is_recorded", [pytest.param("    with Experiment(", False, marks=pytest.mark.slow), (LAST, True)]
+)
 def test_killed_while_it_writes_results_tsv(begun, at, is_recorded):
     lab = begun
     before = files(lab)
     indent = at[: len(at) - len(at.lstrip())]
-    lab.edit((at, f"{indent}os.replace = lambda *_: os.kill(os.getpid(), 9)\n{at}"))
+    lab.edit(WORSE, (at, f"{indent}os.replace = lambda *_: os.kill(os.getpid(), 9)\n{at}"))
     assert lab.run("an idea").code == 137
     assert files(lab) != before, "now there is a temporary file"
     assert [row["status"] for row in lab.record()[3:]] == ["discard"] * is_recorded

@@ -5,7 +5,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from helpers.lab import BETTER, COLUMNS, TRAIN, Lab
+from conftest import run
+from helpers.lab import BETTER, COLUMNS, SLIGHT, TRAIN, Lab, shown
 from helpers.records import record, write_night, write_records
 
 
@@ -18,7 +19,12 @@ def png_size(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "count, only_crashes",
-    [(1, False), (40, False), (5, True), pytest.param(150, False, marks=pytest.mark.slow)],
+    [
+        pytest.param(1, False, marks=pytest.mark.slow),
+        (40, False),
+        (5, True),
+        pytest.param(150, False, marks=pytest.mark.slow),
+    ],
     ids=["one run", "40 runs", "crashes", "150 runs"],
 )
 def test_the_report_counts_compares_and_draws(tmp_path, count, only_crashes):
@@ -39,7 +45,9 @@ def test_the_report_counts_compares_and_draws(tmp_path, count, only_crashes):
     dropped = count - failed - len(kept)
     assert second == f"{len(kept)} kept, {dropped} dropped or repeated, {failed} without a score"
     assert rest[-1] == f"chart: {lab.folder / 'progress.png'}"
+    assert len(outcome.output.splitlines()) <= 40
     if only_crashes:
+        assert "branch main: 5 runs, 0 kept\n" in outcome.output, "no gain to speak of"
         assert kept == [] and failed == 5 and "->" not in outcome.output
         return
     values = [float(row["val_bpb"]) for row in kept]
@@ -49,8 +57,10 @@ def test_the_report_counts_compares_and_draws(tmp_path, count, only_crashes):
     for row, value, before in zip(kept, values, [None, *values], strict=False):
         gain = f"{value - before:+.6f}" if before else "-"
         expected.append([row["commit"], f"{value:.6f}", gain, row["description"]])
-    shown = [line.split(maxsplit=3) for line in rest if line[:7] in {row["commit"] for row in kept}]
-    assert shown == expected[-20:]
+    listed = [line.split(maxsplit=3) for line in rest if line[:7] in {row["commit"] for row in kept}]
+    assert listed == expected[-20:]
+    pace = (values[0] - best) / hours
+    assert f"branch main: {count} runs, {len(kept)} kept, {pace:.4f} bpb an hour\n" in outcome.output
     assert ("the last 20 of" in outcome.output) == (len(kept) > 20)
     assert len(kept) > count / 20 and (count < 40 or failed)
 
@@ -61,12 +71,9 @@ def test_the_report_of_a_real_night(begun):
     mean = (float(rows[0]["val_bpb"]) + float(rows[1]["val_bpb"])) / 2
     outcome = lab.report()
     assert f"\n{rows[0]['commit']}  {mean:.6f}          -  baseline\n" in outcome.output, "over both seeds"
-    assert f"\npending: {rows[2]['commit']}  {rows[2]['val_bpb']}  maybe: 4 -> 7 steps\n" in outcome.output
-    lab.edit(BETTER)
-    keep = lab.run("4 -> 7 steps")
-    last = lab.rows()[-1]
-    assert f"pending: {last['commit']}  {last['val_bpb']}  keep: 4 -> 7 steps\n" in lab.report().output
-    lab.sh(keep.next)
+    assert f"\npending: {rows[2]['commit']}  {rows[2]['val_bpb']}  maybe: rate 0.054\n" in outcome.output
+    lab.edit(SLIGHT)
+    lab.sh(lab.run("rate 0.054").next)
     outcome = lab.report()
     assert "pending" not in outcome.output
     assert "2 kept, 2 dropped or repeated, 0 without a score" in outcome.output
@@ -74,7 +81,7 @@ def test_the_report_of_a_real_night(begun):
 
 @pytest.fixture(scope="module")
 def kept(night, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """A night whose candidate was kept."""
+    """A night with a second candidate, which was kept at first sight."""
     lab = Lab.copy(night[0], tmp_path_factory.mktemp("kept") / "repository")
     lab.edit(BETTER)
     lab.sh(lab.run("4 -> 7 steps").next)
@@ -111,7 +118,14 @@ def cherry_pick(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    "rewrite", [amend, rebase, squash, cherry_pick], ids=lambda rewrite: rewrite.__name__
+    "rewrite",
+    [
+        squash,
+        pytest.param(amend, marks=pytest.mark.slow),
+        pytest.param(rebase, marks=pytest.mark.slow),
+        pytest.param(cherry_pick, marks=pytest.mark.slow),
+    ],
+    ids=lambda rewrite: rewrite.__name__,
 )
 def test_codes_count_and_not_hashes(kept, tmp_path, rewrite):
     lab = Lab.copy(kept, tmp_path / "copy")
@@ -127,7 +141,8 @@ def test_codes_count_and_not_hashes(kept, tmp_path, rewrite):
     assert line.endswith("4 -> 7 steps") and "2 kept" in outcome.output
     lab.edit(("STEPS = 7 ", "STEPS = 2 "))
     outcome = lab.run("fewer steps")
-    assert outcome.status == "discard" and "1 seed against 2" in outcome.output
+    assert outcome.status == "discard"
+    assert outcome.compared() == (shown(lab.rows()[-1:]), shown(lab.rows()[3:4]))
     lab.sh(outcome.next)
     assert lab.is_clean()
 
@@ -164,3 +179,78 @@ def test_the_report_leaves_out_what_does_not_compare(tmp_path, cache):
     output = lab.report().output
     assert "3 of them do not compare with the last one" in output
     assert "1 kept, 4 dropped or repeated, 0 without a score" in output
+
+
+def keep(number: int, val_bpb: float, branch: str, **more: str) -> dict[str, str]:
+    return record(number, status="keep", val_bpb=f"{val_bpb:.6f}", branch=branch, **more)
+
+
+def branch_lines(outcome) -> list[str]:
+    return [line for line in outcome.output.splitlines() if line.startswith("branch ")]
+
+
+def test_branches_can_be_compared(tmp_path, cache):
+    lab = Lab.create(tmp_path / "night")
+    runs = [
+        keep(1, 1.2, "ours"),
+        keep(2, 1.2, "theirs"),
+        keep(3, 1.1, "ours"),
+        record(4, val_bpb="nan", status="crash", branch="theirs"),
+        record(5, branch="ours"),
+        record(6, val_bpb="nan", status="crash", branch="nobody's"),
+    ]
+    write_records(lab, [row | {"seconds": "1800"} for row in runs])
+    outcome = lab.report()
+    assert branch_lines(outcome) == [
+        "branch ours: 3 runs, 2 kept, 0.0667 bpb an hour",  # 0.1 in three half hours
+        "branch theirs: 2 runs, 1 kept, 0.0000 bpb an hour",
+        "branch nobody's: 1 runs, 0 kept",
+    ]
+
+
+def test_a_branch_gains_only_where_scores_compare(tmp_path, cache):
+    lab = Lab.create(tmp_path / "night")
+    runs = [
+        keep(1, 3.0, "main", fingerprint="a budget of 5 s"),
+        keep(2, 1.2, "main"),
+        keep(3, 1.1, "main"),
+    ]
+    write_records(lab, [row | {"seconds": "1800"} for row in runs], merged=True)
+    outcome = lab.report()
+    assert branch_lines(outcome) == ["branch main: 3 runs, 3 kept, 0.1000 bpb an hour"]
+    assert "1.200000 -> 1.100000" in outcome.output
+
+
+def test_what_another_branch_kept_is_not_pending(tmp_path, cache):
+    lab = Lab.create(tmp_path / "night")
+    first = keep(1, 1.2, "main")
+    write_records(lab, [first], merged=True)
+    more = [keep(2, 1.1, "theirs"), keep(3, 1.15, "main"), record(4, status="maybe", branch="theirs")]
+    write_records(lab, [first, *more])
+    pending = [line for line in lab.report().output.splitlines() if line.startswith("pending")]
+    assert [line.split(maxsplit=3)[3] for line in pending] == ["keep: idea 3"]
+
+
+def test_the_report_fits_on_a_screen(tmp_path, cache):
+    lab = Lab.create(tmp_path / "night")
+    merged = [keep(number, 1.3 - number / 1000, "main") for number in range(30)]
+    write_records(lab, merged, merged=True)
+    others = [keep(100 + number, 1.1, f"tree-{number % 12}") for number in range(60)]
+    never_merged = [keep(200 + number, 1.1, "main") for number in range(30)]
+    elsewhere = [keep(300, 3.0, "main", fingerprint="another")]
+    write_records(lab, [*elsewhere, *merged, *others, *never_merged])
+    lab.results.write_text("a table of something else\n")
+    outcome = lab.report()
+    assert "121 experiments" in outcome.output
+    assert "1 of them do not compare" in outcome.output and "the last 20 of 30" in outcome.output
+    assert len(branch_lines(outcome)) == 8
+    assert len(outcome.output.splitlines()) <= 40
+
+
+@pytest.mark.slow
+def test_without_matplotlib_there_is_a_line(begun):
+    (begun.folder / "matplotlib.py").write_text("raise ImportError\n")
+    result = run("prepare.py", "--report", cwd=begun.folder, env=begun.env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("\n\nno chart: matplotlib is not installed; uv sync brings it\n")
+    assert not (begun.folder / "progress.png").exists()

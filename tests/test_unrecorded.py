@@ -84,7 +84,19 @@ def name_of(situation) -> str:
     return situation.__name__
 
 
-@pytest.mark.parametrize("situation", REFUSED, ids=name_of)
+def cases(situations, *quick) -> list:
+    """All of them; those that are not quick are left to the slow suite."""
+    return [
+        situation if situation in quick else pytest.param(situation, marks=pytest.mark.slow)
+        for situation in situations
+    ]
+
+
+@pytest.mark.parametrize(
+    "situation",
+    cases(REFUSED, no_repository, empty_branch, no_git, of_another_owner, linked_to_nothing),
+    ids=name_of,
+)
 def test_an_experiment_that_git_cannot_record_is_refused(tmp_path, situation):
     lab = Lab.create(tmp_path / "repository")
     situation(lab)
@@ -107,7 +119,9 @@ def test_a_detached_head_is_refused_with_a_remedy(tmp_path):
     assert lab.run("an idea").status == "crash", "now it is recorded"
 
 
-@pytest.mark.parametrize("situation", [as_it_is, no_repository, detached, damaged], ids=name_of)
+@pytest.mark.parametrize(
+    "situation", cases([as_it_is, no_repository, detached, damaged], as_it_is, no_repository), ids=name_of
+)
 def test_a_plain_run_prints_its_score(tmp_path, situation):
     lab = Lab.create(tmp_path / "repository")
     situation(lab)

@@ -182,6 +182,7 @@ def run_script(request: Request) -> None:
     script = request.arguments[0]
     sys.argv = request.arguments
     sys.path[0] = str(Path(script).resolve().parent)
+    sys.dont_write_bytecode = False  # as most people have it: compiling prepare.py takes a tenth of a second
     code = 1
     try:
         exec(request.first, {})
