@@ -1892,8 +1892,9 @@ class Notebook:
         if not 0.95 <= ratio <= 1.05:
             again = from_here("uv run train.py baseline")
             reason += (
-                f"\n{ratio:.2f} times the steps: if the idea costs no time, the machine slowed; then {again}"
+                f"\n{ratio:.2f} times the steps: if the idea costs no time, the machine changed its speed"
             )
+            reason += f"; after the next command measure the branch again: {again}"
         seeds = "2 seeds" if len(mine) == 2 else "1 seed"
         return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
 

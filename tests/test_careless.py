@@ -101,7 +101,7 @@ SLOW = {
             "        for batch in rows[:64].split(4):\n"
             "            inputs, targets = batch[:, :-1], batch[:, 1:]\n",
         ),
-        "maybe",
+        "keep",
         "",
     ),
 }
