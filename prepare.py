@@ -78,8 +78,8 @@ def known_name(name: str) -> str:
 
 
 def choose_scale(name: str, memory_gib: float) -> str:
-    """The scale of a CUDA or ROCm device. A slice of a data-center GPU has less than 38 GiB."""
-    is_data_center = known_name(name) in DATA_CENTER_TFLOPS
+    """The scale of a CUDA or ROCm device. A slice (MIG) of a data-center GPU is none."""
+    is_data_center = known_name(name) in DATA_CENTER_TFLOPS and " MIG " not in name
     return "full" if is_data_center and memory_gib >= 38 else "desktop"
 
 
@@ -132,14 +132,9 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-LAYOUT = [
-    2,
-    SCALE,
-    MAX_SEQ_LEN,
-    VOCAB_SIZE,
-    EVAL_TOKENS,
-    TRAIN_TOKENS,
-]  # version and scale of a prepared folder
+SHARDS = "shards-2"  # folder of the shards that are built here; older ones were split by piece
+# version and scale of a prepared folder
+LAYOUT = [2, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 
 CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 CLIMBMIX_SHARDS = 6542  # for training, and one more, which is pinned for validation
@@ -545,7 +540,7 @@ def tinystories(folder: Path, options: Options) -> Shards:
             elif row >= 20_000:
                 return
 
-    return build_shards(folder / "shards", documents())
+    return build_shards(folder / SHARDS, documents())
 
 
 def python(folder: Path, options: Options) -> Shards:
@@ -558,7 +553,7 @@ def python(folder: Path, options: Options) -> Shards:
                 yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
     # without a limit a sample is all of it, each piece once
-    return build_shards(folder / "shards", sample(split_sources(sources()), TRAIN_BYTES or math.inf))
+    return build_shards(folder / SHARDS, sample(split_sources(sources()), TRAIN_BYTES or math.inf))
 
 
 def python_files() -> Iterator[Path]:
@@ -607,7 +602,7 @@ def own_data(folder: Path, options: Options) -> Shards:
                     not_utf8.append(path)
                 yield source
 
-    target = folder / f"shards-{files_state(paths)}"
+    target = folder / f"{SHARDS}-{files_state(paths)}"
     shards = build_shards(target, sample(split_sources(sources()), TRAIN_BYTES or None))
     if not_utf8:
         print(
@@ -1152,7 +1147,7 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
         file.write(json.dumps(manifest, indent=1).encode())
 
     current = {*hashes, shards["val"][0].parent}
-    for path in {*tokens.iterdir(), *folder.glob("shards-*")} - current:  # of an older corpus
+    for path in {*tokens.iterdir(), *folder.glob("shards*")} - current:  # of an older corpus
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -1403,14 +1398,14 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
         return (token_losses(model, first) - first_losses).abs().max().item()
 
     noise = change_of_first()
-    if noise > NOISE_LIMIT:
+    if not noise <= NOISE_LIMIT:
         found = f"two identical calls of the model differ by {noise:.3g} nat"
         raise MetricError(f"{found}, more than {NOISE_LIMIT:.3g}")
 
     def require_unchanged() -> None:
         change = change_of_first()
         allowed = max(TOLERANCE, 3 * noise)  # more than `noise`, which is a single sample
-        if change > allowed:
+        if not change <= allowed:
             found = f"the same rows moved by {change:.3g} nat, more than {allowed:.3g}"
             raise MetricError(f"the evaluation must leave the model as it is, but {found}")
 
@@ -1440,7 +1435,10 @@ def token_losses(model: Callable, rows: torch.Tensor, inputs: torch.Tensor | Non
     losses = []
     for some_logits, some_targets in zip(logits.split(few), rows[:, 1:].split(few), strict=True):
         losses.append(cross_entropy(some_logits.flatten(0, 1).float(), some_targets.flatten()))
-    return torch.cat(losses).view(inputs.shape)
+    losses = torch.cat(losses).view(inputs.shape)
+    if not torch.isfinite(losses).all():  # finite logits can be too far apart
+        raise MetricError("the losses of the model's logits are not finite; keep logits within some hundreds")
+    return losses
 
 
 def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int, allowed: float) -> None:
@@ -1465,7 +1463,7 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
         inputs = torch.where(before_cut_BT, rows[probed, :-1], rows[other, :-1])
         change_BT = (token_losses(model, rows[probed], inputs) - losses[probed]).abs() * before_cut_BT
         largest = change_BT.max().item()
-        if largest > allowed:
+        if not largest <= allowed:
             place, position = divmod(int(change_BT.argmax()), T)
             found = (
                 f"the prediction at position {position} moves by {largest:.3g} nat, more than {allowed:.3g}"
@@ -1532,7 +1530,7 @@ class Run(NamedTuple):
 
     @property
     def has_score(self) -> bool:
-        return not math.isnan(self.val_bpb)
+        return math.isfinite(self.val_bpb)
 
     def fields(self) -> dict[str, str]:
         """As they are written: in the commit, by name, and in the columns of results.tsv."""
@@ -1889,7 +1887,7 @@ class Notebook:
         mine = mine[:2]
         reason = f"{described(mine)} against {described(theirs)}; gain {gain:+.6f}, sigma {sigma:.4f}"
         ratio = mean(run.steps for run in mine) / max(1, mean(run.steps for run in theirs))
-        if not 0.95 <= ratio <= 1.05:
+        if ratio and not 0.95 <= ratio <= 1.05:
             again = from_here("uv run train.py baseline")
             reason += (
                 f"\n{ratio:.2f} times the steps: if the idea costs no time, the machine changed its speed"
@@ -1912,6 +1910,9 @@ class Notebook:
 
     def measured_ancestor(self, runs: list[Run]) -> str:
         """The last commit whose train.py has a score; there is one if somebody committed by hand since."""
+        was_recorded = any(run.code == self.incumbent and run.has_score for run in runs)
+        if was_recorded:  # by an experiment on another corpus, with another budget or the like
+            return ""
         measured = comparable(runs, self.run.fingerprint)
         return next((commit for commit, code in history().items() if code in measured), "")
 
@@ -2114,6 +2115,7 @@ class Experiment:
         """
         self.data_check.result()
         yield from CLOCK.steps()
+        CLOCK.synchronize()
         self.training_log.check_last()
 
     def log(

@@ -728,7 +728,7 @@ def test_python_sources_become_distinct_pieces(forks, corpus, tmp_path):
     for i, path in enumerate(sorted(root.glob("copy_of_*"), reverse=True)):
         path.rename(root / f"{i:03}.py")
     assert prepared("other") == fingerprint
-    first, other = (state(active(tmp_path / cache).folder / "shards") for cache in ("cache", "other"))
+    first, other = (state(active(tmp_path / cache).folder / prepare.SHARDS) for cache in ("cache", "other"))
     assert first == other
     (root / "more.py").write_text("def more(): pass\n" * 100)
     assert prepared("cache") == fingerprint
