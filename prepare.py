@@ -517,11 +517,15 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
 
 def climbmix(folder: Path, options: Options) -> Shards:
     """Published shards. The pinned validation shard comes first, so that no run finds it missing."""
-    numbers = [CLIMBMIX_SHARDS, *range(options.num_shards)]
-    val, *train = [folder / "downloads" / f"shard_{number:05d}.parquet" for number in numbers]
-    download(CLIMBMIX, [val])
-    download(CLIMBMIX, train, options.download_workers)
-    return {"train": train, "val": [val]}
+
+    def shard_path(number: int) -> Path:
+        return folder / "downloads" / f"shard_{number:05d}.parquet"
+
+    val_paths = [shard_path(CLIMBMIX_SHARDS)]
+    train_paths = [shard_path(number) for number in range(options.num_shards)]
+    download(CLIMBMIX, val_paths)
+    download(CLIMBMIX, train_paths, options.download_workers)
+    return {"train": train_paths, "val": val_paths}
 
 
 def tinystories(folder: Path, options: Options) -> Shards:
@@ -1391,7 +1395,8 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
     # batches of one shape, so that nothing is compiled twice: the last one is filled up with the first rows
     padded = math.ceil(len(rows) / batch) * batch
     index = torch.arange(padded, device=rows.device) % len(rows)
-    first, *others = rows[index].split(batch)
+    row_batches = rows[index].split(batch)
+    first = row_batches[0]
     first_losses = token_losses(model, first)
 
     def change_of_first() -> float:
@@ -1409,7 +1414,10 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
             found = f"the same rows moved by {change:.3g} nat, more than {allowed:.3g}"
             raise MetricError(f"the evaluation must leave the model as it is, but {found}")
 
-    losses = torch.cat([first_losses, *(token_losses(model, other) for other in others)])[: len(rows)]
+    losses = [first_losses]
+    for other in row_batches[1:]:
+        losses.append(token_losses(model, other))
+    losses = torch.cat(losses)[: len(rows)]
     require_unchanged()
     # a probe takes the largest of 266 rows, so its noise is larger still
     probe(model, rows, losses, batch, allowed=max(TOLERANCE, 10 * noise))
