@@ -2419,6 +2419,7 @@ def draw(night: Night) -> None:
     axes.set_xlim(0, 1.15 * last + 1)
     axes.set_ylim(low, high)
     axes.tick_params(axis="y", labelleft=bool(values))
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper right", fontsize=8)
     figure.savefig(HERE / "progress.png", dpi=120)
