@@ -29,9 +29,10 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 from conftest import run, write_corpus
-from helpers.forks import Forks, Job
+from helpers.forks import Forks
 from helpers.hub import CLIMBMIX, CLIMBMIX_VALIDATION, TINYSTORIES, Hub, parquet
-from helpers.script import Result, environment, load, main
+from helpers.own import error_line, ready
+from helpers.script import environment, load, main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,20 +152,6 @@ def jsonl(folder: Path, documents: list[str], name: str = "texts.jsonl") -> Path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return folder
-
-
-def ready(result: Result | Job | subprocess.CompletedProcess) -> str:
-    """The fingerprint that a prepare.py printed, which must have succeeded without a word on stderr."""
-    assert (result.returncode, result.stderr) == (0, ""), (result.stdout, result.stderr)
-    return re.search(r"^ready: .*fingerprint (\w+)", result.stdout, re.MULTILINE)[1]
-
-
-def error_line(result: Result | Job | subprocess.CompletedProcess) -> str:
-    """The one line on stderr of a prepare.py, which must have failed as it should."""
-    assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
-    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
-    assert "ready" not in result.stdout
-    return result.stderr
 
 
 def active(cache: Path) -> prepare.Prepared:

@@ -63,6 +63,7 @@ def error_line(result: Result | Job | subprocess.CompletedProcess) -> str:
     """The one line on stderr of a prepare.py, which must have failed as it should."""
     assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    assert "ready" not in result.stdout
     return result.stderr
 
 
