@@ -98,12 +98,13 @@ class Scale(NamedTuple):
     eval_tokens: int
     train_tokens: int  # at most; 0 for all there are
     corpus: str
+    sigma: float  # bits per byte between seeds, as a first guess
 
 
 SCALES = {
-    "full": Scale(2048, 8192, 40 * 524_288, train_tokens=0, corpus="climbmix"),
-    "desktop": Scale(2048, 8192, 10 * 524_288, train_tokens=0, corpus="climbmix"),
-    "small": Scale(256, 2048, 2**18, train_tokens=2**23, corpus="tinystories"),
+    "full": Scale(2048, 8192, 40 * 524_288, train_tokens=0, corpus="climbmix", sigma=0.0007),
+    "desktop": Scale(2048, 8192, 10 * 524_288, train_tokens=0, corpus="climbmix", sigma=0.002),
+    "small": Scale(256, 2048, 2**18, train_tokens=2**23, corpus="tinystories", sigma=0.0045),
 }
 # must be set before CUDA starts, which asking for a device's name does
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -168,9 +169,7 @@ PROBES = 256  # (row, cut) pairs at least: a leak behind a rare token needs that
 TOLERANCE = 0.005  # nats that the future may move a loss by
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
-SIGMA = {"full": 0.0007, "desktop": 0.002, "small": 0.0045}[
-    SCALE
-]  # bits per byte between seeds, as a first guess
+SIGMA = SCALES[SCALE].sigma  # bits per byte between seeds, until there are some repeated runs
 SURE_SE = 4  # standard errors of a gain that is kept at first sight
 KEEP_SE = 0.25  # standard errors that a repeated gain must have; simulated in tests/test_verdict.py
 
@@ -609,9 +608,8 @@ def own_data(folder: Path, options: Options) -> Shards:
     target = folder / f"{SHARDS}-{files_state(paths)}"
     shards = build_shards(target, sample(split_sources(sources()), TRAIN_BYTES or None))
     if not_utf8:
-        print(
-            f"note: {len(not_utf8)} files are not UTF-8, such as {ascii(str(not_utf8[0]))}; bytes were lost"
-        )
+        example = ascii(str(not_utf8[0]))
+        print(f"note: {len(not_utf8)} files are not UTF-8, such as {example}; bytes were lost")
     return shards
 
 
@@ -946,9 +944,7 @@ def tokenize(
     `max_tokens`.
     """
     bos = np.array([tokenizer.get_bos_token_id()], "<u2").tobytes()
-    limit = (
-        MAX_SEQ_LEN if SCALE == "small" else DOCUMENT_CHARS * 4
-    )  # of four tokens a character: never reached
+    limit = MAX_SEQ_LEN if SCALE == "small" else sys.maxsize
     with published(target) as file:
         for text in itertools.chain.from_iterable(texts(shard) for shard in shards):
             progress.update()
@@ -1473,11 +1469,11 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
         largest = change_BT.max().item()
         if not largest <= allowed:
             place, position = divmod(int(change_BT.argmax()), T)
-            found = (
-                f"the prediction at position {position} moves by {largest:.3g} nat, more than {allowed:.3g}"
-            )
+            found = f"the prediction at position {position} moves by {largest:.3g} nat"
             where = f"when inputs from position {cut_B[place]} on and other rows are replaced"
-            raise MetricError(f"{found}, {where}; a model must see only the past of its own row")
+            raise MetricError(
+                f"{found}, more than {allowed:.3g}, {where}; a model must see only the past of its own row"
+            )
 
 
 def probe_cuts(rng: np.random.Generator) -> np.ndarray:
@@ -1871,9 +1867,8 @@ class Notebook:
             notes = [line for line in (reason, self.save_edits(others)) if line]
             return Verdict(status, "\n".join(notes), from_here(self.next_command(run, others)))
         except (OSError, subprocess.CalledProcessError) as error:
-            return Verdict(
-                status, f"the run is recorded, but: {cause(error)}", "# look after train.py yourself"
-            )
+            reason = f"the run is recorded, but: {cause(error)}"
+            return Verdict(status, reason, "# look after train.py yourself")
 
     def compare(self, run: Run, others: list[Run]) -> tuple[str, str, str]:
         """Status, the number in the commit's subject and a line of reasons, for a run that has a score."""
@@ -1897,9 +1892,8 @@ class Notebook:
         ratio = mean(run.steps for run in mine) / max(1, mean(run.steps for run in theirs))
         if ratio and not 0.95 <= ratio <= 1.05:
             again = from_here("uv run train.py baseline")
-            reason += (
-                f"\n{ratio:.2f} times the steps: if the idea costs no time, the machine changed its speed"
-            )
+            doubt = "if the idea costs no time, the machine changed its speed"
+            reason += f"\n{ratio:.2f} times the steps: {doubt}"
             reason += f"; after the next command measure the branch again: {again}"
         seeds = "2 seeds" if len(mine) == 2 else "1 seed"
         return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
