@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import hashlib
 import heapq
 import io
@@ -78,7 +79,7 @@ def known_name(name: str) -> str:
 
 
 def choose_scale(name: str, memory_gib: float) -> str:
-    """The scale of a CUDA or ROCm device. A slice (MIG) of a data-center GPU is none."""
+    """The scale of a CUDA or ROCm device. A slice (MIG) of a data-center GPU does not count as one."""
     is_data_center = known_name(name) in DATA_CENTER_TFLOPS and " MIG " not in name
     return "full" if is_data_center and memory_gib >= 38 else "desktop"
 
@@ -98,7 +99,7 @@ class Scale(NamedTuple):
     eval_tokens: int
     train_tokens: int  # at most; 0 for all there are
     corpus: str
-    sigma: float  # bits per byte between seeds, as a first guess
+    sigma: float  # standard deviation of val_bpb between seeds, as a first guess
 
 
 SCALES = {
@@ -106,7 +107,7 @@ SCALES = {
     "desktop": Scale(2048, 8192, 10 * 524_288, train_tokens=0, corpus="climbmix", sigma=0.002),
     "small": Scale(256, 2048, 2**18, train_tokens=2**23, corpus="tinystories", sigma=0.0045),
 }
-# must be set before CUDA starts, which asking for a device's name does
+# set before default_scale(): asking for a device's name starts CUDA
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 SCALE = os.environ.get("AUTORESEARCH_SCALE") or default_scale()
 if SCALE not in SCALES:
@@ -114,7 +115,7 @@ if SCALE not in SCALES:
 MAX_SEQ_LEN = SCALES[SCALE].max_seq_len  # tokens of a row
 VOCAB_SIZE = SCALES[SCALE].vocab_size  # different tokens, SPECIAL_TOKENS included
 EVAL_TOKENS = SCALES[SCALE].eval_tokens  # tokens that the metric scores
-TRAIN_TOKENS = SCALES[SCALE].train_tokens  # at most, 0 for all: about what a run can read once
+TRAIN_TOKENS = SCALES[SCALE].train_tokens  # at most, 0 for all; the limit is about what a run can read once
 TRAIN_BYTES = 4 * TRAIN_TOKENS  # of the texts that become these tokens
 DEFAULT_CORPUS = SCALES[SCALE].corpus
 
@@ -123,7 +124,7 @@ if not re.fullmatch(r"\d{1,5}", budget) or not 5 <= int(budget) <= 86_400:
     sys.exit(f"error: AUTORESEARCH_BUDGET is {budget!r}, not 5 to 86400 (whole seconds); unset or correct it")
 TIME_BUDGET = int(budget)  # seconds of training
 # Seconds to start and to evaluate; then the watchdog ends the run. Estimates for a first run on a card of
-# 12 GB: 90 s to compile, three times more for smaller micro-batches, 60 s for the metric; the rest is margin.
+# 12 GB: 90 s to compile, as much for each of three smaller micro-batches, 60 s for the metric, and a margin.
 GRACE = max(300 if SCALE == "small" else 600, TIME_BUDGET // 10)
 
 try:
@@ -133,7 +134,7 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-SHARDS = "shards-2"  # folder of the shards that are built here; older ones were split by piece
+SHARDS = "shards-2"  # folder of the shards that are built here; in older ones a file could be on both sides
 # version and scale of a prepared folder
 LAYOUT = [2, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 
@@ -169,7 +170,7 @@ PROBES = 256  # (row, cut) pairs at least: a leak behind a rare token needs that
 TOLERANCE = 0.005  # nats that the future may move a loss by
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
-SIGMA = SCALES[SCALE].sigma  # bits per byte between seeds, until there are some repeated runs
+SIGMA = SCALES[SCALE].sigma
 SURE_SE = 4  # standard errors of a gain that is kept at first sight
 KEEP_SE = 0.25  # standard errors that a repeated gain must have; simulated in tests/test_verdict.py
 
@@ -230,7 +231,7 @@ def published(path: Path) -> Iterator:
 
 
 def locked(folder: Path, who: str):
-    """Lock a folder against every other `who`, for a `with` block or as long as the result is held."""
+    """Lock a folder for a `with` block, or as long as the result is held; an error names `who`."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(folder / "lock", timeout=0).acquire()
@@ -345,6 +346,53 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def hub() -> str:
+    """Where public files come from."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def load_flash_attention_3() -> Callable:
+    """(q_BTNH, k_BTNH, v_BTNH, window) -> BTNH in bfloat16, for Hopper GPUs.
+
+    The kernel comes from the hub's local cache, or from the hub. Raises whatever keeps it from loading.
+    """
+    import kernels
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(HF_HUB_CACHE).glob("*--kernels-community--flash-attn3/snapshots/*")
+    try:
+        newest = max(snapshots, key=lambda path: path.stat().st_mtime)
+        kernel = kernels.get_local_kernel(newest)
+    except Exception:  # there is none, half of one, or one for another torch
+        requests.head(hub(), timeout=3)  # without a network the hub's own client would try for minutes
+        kernel = kernels.get_kernel("kernels-community/flash-attn3", version=1)
+
+    def flash_attention_3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        return kernel.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+
+    return flash_attention_3
+
+
+def fit_micro_batch(attempt: Callable[[int], None], rows: int) -> int:
+    """The largest of rows, rows / 2, rows / 4, ... for which attempt(rows) does not run out of memory."""
+    while True:
+        try:
+            attempt(rows)
+            return rows
+        except torch.OutOfMemoryError:
+            pass  # not handled here: the exception holds the tensors of the attempt
+        if rows == 1:
+            remedy = "lower depth or n_embd, or free the device's memory"
+            raise AutoresearchError(f"out of memory with a single row; {remedy}")
+        print(f"out of memory with {rows} rows, trying {rows // 2}", flush=True)
+        rows //= 2
+        torch.compiler.reset()  # otherwise a function is compiled 8 times at most
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
 # == Prepared ================================================================================================
 
 
@@ -384,7 +432,7 @@ class Prepared:
             name = (CACHE / f"active-{SCALE}").read_text()
         except FileNotFoundError:
             found = f"nothing is prepared for {SCALE} in {CACHE}"
-            raise AutoresearchError(f"{found}; run: uv run prepare.py (--help)") from None
+            raise AutoresearchError(f"{found}; run: uv run prepare.py (its options: --help)") from None
         return cls.read(CACHE / name)
 
     def verify(self) -> None:
@@ -437,7 +485,8 @@ def altered(path: Path) -> AutoresearchError:
 
 # == Corpora =================================================================================================
 # A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files with a column
-# `text`. To add one, write such a function, name it in CORPORA and commit it; older scores do not compare.
+# `text`. To add one, write such a function, name it in CORPORA and commit it: older scores do not compare
+# with the new ones.
 
 Shards = dict[str, list[Path]]
 
@@ -468,14 +517,13 @@ def texts(path: Path, name: str = "") -> Iterator[str]:
 def download(source: str, paths: list[Path], workers: int = 1) -> None:
     """Fetch the parquet files that are not there yet from the hub's folder `source`."""
     os.environ["NETRC"] = os.devnull  # no credentials for public files: a stale ~/.netrc would mean 401
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     retry = {"backoff_factor": 0.5, "status_forcelist": (429, 500, 502, 503, 504), "retry_after_max": 60}
     with requests.Session() as session, progress_bar(desc="download", unit="B") as progress:
         for adapter in session.adapters.values():
             adapter.max_retries = requests.adapters.Retry(DOWNLOAD_ATTEMPTS - 1, **retry)
 
         def fetch(path: Path) -> None:
-            fetch_parquet(session, f"{endpoint}/{source}/{path.name}", path, progress)
+            fetch_parquet(session, f"{hub()}/{source}/{path.name}", path, progress)
 
         in_threads(fetch, [path for path in paths if not path.exists()], workers)
 
@@ -506,7 +554,7 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
                 for block in response.iter_content(2**20):
                     progress.update(file.write(block))
                 file.flush()
-                next(texts(Path(file.name), f"{path.name} from {url}"), None)  # reads the footer
+                next(texts(Path(file.name), f"{path.name} from {url}"), None)  # raises if the file is broken
                 return
 
             headers["Range"] = f"bytes={file.tell()}-"
@@ -538,7 +586,7 @@ def tinystories(folder: Path, options: Options) -> Shards:
             if 10_000 <= row < 20_000:
                 yield "val", text
             elif row >= 20_000 and train_bytes > 0:
-                train_bytes -= len(text)
+                train_bytes -= len(text)  # the text is ASCII
                 yield "train", text
             elif row >= 20_000:
                 return
@@ -555,7 +603,7 @@ def python(folder: Path, options: Options) -> Shards:
                 text = path.read_text("utf-8")
                 yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
-    # without a limit a sample is all of it, each piece once
+    # infinity and not None: without a limit, too, each piece comes once
     return build_shards(folder / SHARDS, sample(split_sources(sources()), TRAIN_BYTES or math.inf))
 
 
@@ -569,7 +617,7 @@ def python_files() -> Iterator[Path]:
 
 
 def cut_python(text: str) -> Iterator[str]:
-    """Pieces of about 800 characters: definitions where they are short, lines where they are long."""
+    """Pieces of about 800 characters that end at top-level definitions, or at lines of a longer one."""
     for definition in cut(text, r"(?<=\n\n)(?=@|class |def |async def )", 800):
         yield from cut(definition, "\n", 800)
 
@@ -577,7 +625,7 @@ def cut_python(text: str) -> Iterator[str]:
 def cut(text: str, boundary: str, chars: int) -> Iterator[str]:
     """Pieces of `chars` characters or more (the last may have less) that end at a boundary.
 
-    A piece that would be blank is joined to the next one.
+    A piece that would be blank is joined to the next one; at the end of the text it is left out.
     """
     ends = [match.end() for match in re.finditer(boundary, text)]
     start = 0
@@ -691,7 +739,8 @@ def file_encoding(path: Path) -> str:
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("this is a git-lfs pointer, not the file itself; run git lfs pull")
     marks = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
-    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]  # their marks begin UTF-32's
+    # after UTF-32, whose little-endian mark begins with that of UTF-16
+    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
     for mark, encoding in marks:
         if head.startswith(mark):
             return encoding
@@ -716,7 +765,7 @@ def cut_text(file: TextIO) -> Iterator[str]:
 
 
 def piece_end(text: str, start: int) -> int:
-    """The end of a piece, in units of PIECE characters.
+    """The index at which a piece ends; distances from `start` are in units of PIECE characters.
 
     The first blank line between 1 and 2, otherwise the first line end between 2 and 4, otherwise the first
     space between 4 and 8, otherwise 8.
@@ -756,7 +805,7 @@ def split_sources(sources: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
     """(split, document). Sources with a hash in the lowest 5 % are validation: all of a source goes one way.
 
     Pieces of one file are siblings: with some of them in the training data, a model that only counts n-grams
-    scored 1.015, on files that it had never seen 1.205. To add a source moves no other one.
+    scored 1.015 bpb, but 1.205 on files that it had never seen. Adding a source moves no other one.
     """
     for source in sources:
         is_validation = content_hash("".join(source)) < VALIDATION_FRACTION * 2**64
@@ -765,8 +814,9 @@ def split_sources(sources: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
 
 
 def sample(documents: Iterable[tuple[str, str]], train_bytes: float | None) -> Iterator[tuple[str, str]]:
-    """The validation documents in the order of their hashes; of the training documents a sample of
-    `train_bytes`, in that order too, or all of them as they come.
+    """Up to VALIDATION_BYTES of validation documents, in the order of their hashes, and training documents.
+
+    With `train_bytes` these are a sample of that size, in that order too; without it all, as they come.
     """
     validation = Sample(VALIDATION_BYTES)
     training = Sample(train_bytes or 0)
@@ -799,8 +849,8 @@ class Sample:
         self.hashes.add(key)
         self.bytes += len(text.encode())
         while self.bytes > self.max_bytes:
-            highest, removed = heapq.heappop(self.heap)
-            self.cutoff = -highest
+            minus_hash, removed = heapq.heappop(self.heap)
+            self.cutoff = -minus_hash
             self.hashes.discard(self.cutoff)
             self.bytes -= len(removed.encode())
 
@@ -813,7 +863,7 @@ def build_shards(folder: Path, documents: Iterator[tuple[str, str]]) -> Shards:
     """Write (split, text) documents as parquet files. The folder appears when all are complete, and stays."""
     if not folder.exists():
         progress = progress_bar(documents, desc="shards", unit=" documents")
-        with tempfile.TemporaryDirectory(".tmp", dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(suffix=".tmp", dir=folder.parent) as temporary:
             for number, batch in enumerate(batches_of_documents(progress)):
                 for split in {name for name, _ in batch}:
                     table = pyarrow.table({"text": [text for name, text in batch if name == split]})
@@ -859,7 +909,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        # int64 (V,), lengths of raw bytes: a lone byte >= 0x80 decodes to U+FFFD, which is three bytes
+        # int64 (V,), raw bytes of each token: a lone byte >= 0x80 would decode to U+FFFD, which has three
         self.token_bytes = torch.tensor([len(token) for token in ranks] + [0] * len(special))
 
     @classmethod
@@ -880,7 +930,7 @@ class Tokenizer:
         return ids
 
     def encode_pieces(self, text: str) -> Iterator[np.ndarray]:
-        """Token ids, uint32, of each DOCUMENT_CHARS characters. Lone surrogates, not in UTF-8, become ?."""
+        """Token ids, uint32, of each DOCUMENT_CHARS characters. Lone surrogates are replaced."""
         for start in range(0, len(text), DOCUMENT_CHARS):
             piece = text[start : start + DOCUMENT_CHARS].encode("utf-8", "replace").decode()
             yield self.encoding.encode_to_numpy(piece, disallowed_special=())
@@ -1008,7 +1058,8 @@ class Packer:
             more = list(itertools.islice(self.documents, PACKING_REFILL))
             if not more:
                 return
-            for document, self.epoch in more:
+            for document, epoch in more:
+                self.epoch = epoch
                 self.fifos[len(document)].append(document)
                 self.lengths |= 1 << len(document)
             self.held += len(more)
@@ -1074,7 +1125,7 @@ def check_options(options: Options) -> Options:
         value = getattr(options, option)
         if not 1 <= value <= most:
             name = option.replace("_", "-")
-            raise AutoresearchError(f"--{name} is {value}, not 1 to {most}; choose one of these")
+            raise AutoresearchError(f"--{name} is {value}, not 1 to {most}; choose a number in this range")
     return options
 
 
@@ -1095,10 +1146,8 @@ def is_current(folder: Path, request: list) -> bool:
         manifest = read_manifest(folder)
     except AutoresearchError:
         return False
-    damaged = []
-    for path, (size, _) in manifest["files"].items():
-        if not path.exists() or path.stat().st_size != size:
-            damaged.append(path)
+    files = manifest["files"].items()
+    damaged = [path for path, (size, _) in files if not path.exists() or path.stat().st_size != size]
     for path in damaged:
         if path.parent.name.startswith("shards"):  # shards are built together
             shutil.rmtree(path.parent, ignore_errors=True)
@@ -1146,7 +1195,7 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
     with published(folder / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
-    current = {*hashes, shards["val"][0].parent}
+    current = {*hashes, shards["val"][0].parent}  # the folder of the shards, too
     for path in {*tokens.iterdir(), *folder.glob("shards*")} - current:  # of an older corpus
         if path.is_dir():
             shutil.rmtree(path)
@@ -1207,7 +1256,7 @@ class Clock:
         self.begun_s = self.started_s = self.stopped_s = self.finished_s = math.nan
 
     def begin(self, device: torch.device, seed: int, data: Prepared) -> None:
-        self.__init__()
+        self.__init__()  # forget an earlier run of this process
         self.is_idle = False
         self.begun_s = time.perf_counter()
         self.device = device
@@ -1242,14 +1291,14 @@ class Clock:
         steps_in_flight = 1 if self.device.type == "cuda" else 0
         this_step_done = None
         last_seconds = 0.0
-        seconds_before = 0.0
+        second_last_seconds = 0.0
         self.synchronize()
         now = self.started_s = time.perf_counter()
         for step in itertools.count():
-            # The next step is taken to be as long as the shorter of the last two, so that a single slow one
-            # does not end the run. After the first step that is 0: it may do what no other one does.
-            next_seconds = min(last_seconds, seconds_before)
-            elapsed = now - self.started_s + steps_in_flight * last_seconds  # what is queued is spent
+            # The next step is expected to take as long as the shorter of the last two, so that a single slow
+            # one does not end the run. Before the second step that is 0: the first may do what no other does.
+            next_seconds = min(last_seconds, second_last_seconds)
+            elapsed = now - self.started_s + steps_in_flight * last_seconds  # a queued step counts as spent
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -1262,7 +1311,7 @@ class Clock:
                 self.synchronize()
             before = now
             now = time.perf_counter()
-            seconds_before = last_seconds
+            second_last_seconds = last_seconds
             last_seconds = now - before
 
     def require_running(self) -> None:
@@ -1325,7 +1374,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split="train", device=
 def batches(packer: Packer, B: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Batches of the packer's rows, copied to the device while the host goes on.
 
-    A pinned buffer is filled again only after its copy, which can be queued behind a whole backward pass.
+    A pinned buffer is filled again only when its copy is done, which can wait for a whole backward pass.
     With a single buffer and no event one batch was trained on twice and another one never.
     """
     is_cuda = device.type == "cuda"
@@ -1360,7 +1409,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     first = next(parameters, None)
     device = default_device() if first is None else first.device
     rows = torch.from_numpy(tokenizer.data.rows.astype(np.int64)).to(device)
-    # at most half of the rows, so that a probe can choose between two for each place of the batch
+    # at most half of the rows: then a probe has at least two to choose from at each place of the batch
     batch = min(batch_size, LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)
     was_training = getattr(model, "training", False)
     if was_training:
@@ -1405,24 +1454,22 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
 
     def require_unchanged() -> None:
         change = change_of_first()
-        allowed = max(TOLERANCE, 3 * noise)  # more than `noise`, which is a single sample
+        allowed = max(TOLERANCE, 3 * noise)  # with a margin: noise was measured once
         if not change <= allowed:
             found = f"the same rows moved by {change:.3g} nat, more than {allowed:.3g}"
             raise MetricError(f"the evaluation must leave the model as it is, but {found}")
 
-    losses = [first_losses]
-    for other in row_batches[1:]:
-        losses.append(token_losses(model, other))
-    losses = torch.cat(losses)[: len(rows)]
+    other_losses = [token_losses(model, other) for other in row_batches[1:]]
+    losses = torch.cat([first_losses, *other_losses])[: len(rows)]
     require_unchanged()
-    # a probe takes the largest of 266 rows, so its noise is larger still
+    # the probes take the largest change of PROBES + 10 rows, so their noise is larger still
     probe(model, rows, losses, batch, allowed=max(TOLERANCE, 10 * noise))
     require_unchanged()
     return losses
 
 
 def token_losses(model: Callable, rows: torch.Tensor, inputs: torch.Tensor | None = None) -> torch.Tensor:
-    """Cross-entropies, float32 (B, T) in nats, of the targets of rows (B, T+1), given inputs or their own."""
+    """Losses, float32 (B, T) in nats, of the targets of rows (B, T+1), given `inputs` or their own."""
     if inputs is None:
         inputs = rows[:, :-1].clone()  # not a view, from which the model could reach the last target
     logits = model(inputs)
@@ -1449,18 +1496,18 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
     """Raise MetricError if the future, or another row, moves a loss by more than `allowed` nat.
 
     A row is asked again among other rows, and its inputs from position `cut` on are those of another row.
-    The losses of its own targets at inputs 0 .. cut-1 must not move. The last of these targets is the first
-    token that was replaced: a leak by a single token shows only there. The row keeps its place in the batch,
-    because kernels may round differently in another one.
+    The losses of its own targets at positions 0 .. cut-1 must not move. The target at cut-1 is the token at
+    `cut`, the first one that was replaced: a model that sees one token ahead shows it only there. The row
+    keeps its place in the batch, because kernels may round differently in another one.
     """
     T = MAX_SEQ_LEN
-    rng = np.random.default_rng(PROBES)
+    rng = np.random.default_rng(0)
     choose_row = RowChooser(rows.cpu().numpy(), batch, rng)
     cuts = probe_cuts(rng)
     calls = math.ceil(len(cuts) / batch)
     for cut_B in np.resize(cuts, (calls, batch)):  # the last call is filled up with the first cuts
         probed_B = np.array([choose_row(place, cut) for place, cut in enumerate(cut_B)])
-        other_B = (probed_B + rng.integers(1, len(rows))) % len(rows)
+        other_B = (probed_B + rng.integers(1, len(rows))) % len(rows)  # never the row itself
         before_cut_BT = torch.from_numpy(np.arange(T) < cut_B[:, None]).to(rows.device)
         probed = torch.from_numpy(probed_B).to(rows.device)
         other = torch.from_numpy(other_B).to(rows.device)
@@ -1500,7 +1547,7 @@ class RowChooser:
         candidates = place + self.batch * self.rng.permutation(len(self.tokens) // self.batch)
         before_cut = self.tokens[candidates, cut - 1]
         best = self.worth[before_cut].argmax()
-        self.worth[before_cut[best]] *= 1e-6  # not 0: the order stays when all have been probed
+        self.worth[before_cut[best]] *= 1e-6  # not 0: a second round has the same order
         return candidates[best]
 
 
@@ -1510,7 +1557,7 @@ class RowChooser:
 # results.tsv is a view of it.
 
 COLUMNS = "commit val_bpb memory_gb status description seed steps seconds branch code fingerprint".split()
-GIT_LOCATION = (  # variables of a hook or an editor that works in another repository
+GIT_LOCATION = (  # set by a hook or an editor, these would lead git to another repository
     "GIT_DIR GIT_WORK_TREE GIT_COMMON_DIR GIT_INDEX_FILE GIT_PREFIX GIT_NAMESPACE "
     "GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES"
 ).split()
@@ -1537,7 +1584,7 @@ class Run(NamedTuple):
         return math.isfinite(self.val_bpb)
 
     def fields(self) -> dict[str, str]:
-        """As they are written: in the commit, by name, and in the columns of results.tsv."""
+        """The fields as text, as they stand in the commit and in results.tsv."""
         numbers = {"val_bpb": f"{self.val_bpb:.6f}", "memory_gb": f"{self.memory_gb:.1f}"}
         values = self._asdict() | numbers | {"seconds": f"{self.seconds:.0f}"}
         return {name: str(values[name]) for name in COLUMNS}
@@ -1583,7 +1630,7 @@ def git_bytes(*command: str, input: bytes | None = None, env: dict | None = None
     """What a git command prints, run in this folder; raises CalledProcessError."""
     environment = {name: value for name, value in os.environ.items() if name not in GIT_LOCATION}
     options = {"env": environment | (env or {}), "cwd": HERE, "check": True, "capture_output": True}
-    durable = ("-c", "core.fsync=loose-object,reference")  # a commit is not to be lost with the power
+    durable = ("-c", "core.fsync=loose-object,reference")  # a commit must survive a power cut
     return subprocess.run(["git", *durable, *command], input=input, **options).stdout
 
 
@@ -1603,7 +1650,7 @@ def make_commit(tree: str, parent: str, message: str) -> tuple[str, str]:
     text = message.replace("\0", "").encode("utf-8", "replace")
     try:
         commit = git(*command, input=text)
-    except subprocess.CalledProcessError:  # nobody has an identity here
+    except subprocess.CalledProcessError:  # git knows no user name or e-mail here
         names = "GIT_AUTHOR_NAME GIT_AUTHOR_EMAIL GIT_COMMITTER_NAME GIT_COMMITTER_EMAIL".split()
         commit = git(*command, input=text, env=dict.fromkeys(names, "autoresearch"))
     return commit, git("rev-parse", "--short", commit)
@@ -1613,7 +1660,7 @@ def tree_with(code: str, head: str, folder: Path) -> str:
     """HEAD's tree with the blob `code` as its train.py, made in an index of its own."""
     mode = git("ls-tree", head, "train.py").split()[0]
     name = git("rev-parse", "--show-prefix") + "train.py"
-    with tempfile.TemporaryDirectory(".tmp", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(suffix=".tmp", dir=folder) as temporary:
         env = {"GIT_INDEX_FILE": f"{temporary}/index"}
         git("read-tree", head, env=env)
         git("update-index", "--cacheinfo", f"{mode},{code},{name}", env=env)
@@ -1632,7 +1679,7 @@ def current_branch() -> str:
     try:
         return git("symbolic-ref", "-q", "--short", "HEAD")
     except subprocess.CalledProcessError as error:
-        if error.stderr:
+        if error.stderr:  # with -q a HEAD without a branch is no complaint
             raise
         found = "HEAD is on no branch, what is kept could be lost"
         raise AutoresearchError(f"{found}; make one: git switch -c autoresearch/TAG") from None
@@ -1769,7 +1816,7 @@ def scores(runs: list[Run]) -> list[float]:
 
 
 def described(runs: list[Run]) -> str:
-    """Scores, and what else they depend on."""
+    """Scores with their numbers of steps; a single one with its seed, too."""
     values = " and ".join(f"{run.val_bpb:.6f}" for run in runs)
     seed = f"seed {runs[0].seed}, " if len(runs) == 1 else ""
     return f"{values} ({seed}{' and '.join(str(run.steps) for run in runs)} steps)"
@@ -1805,7 +1852,7 @@ class Notebook:
             remedy = from_here(f"mv prepare.py prepare.py.edited-{found[:7]} && git restore -SW prepare.py")
             raise AutoresearchError(f"prepare.py differs from HEAD's, scores would not compare; {remedy}")
         folder = Path(git("rev-parse", "--absolute-git-dir"), "autoresearch")
-        lock = locked(folder, "run")  # one in a work tree
+        lock = locked(folder, "run")  # one at a time in a work tree
         for left_by_a_killed_run in HERE.glob(f"{RESULTS.name}.*.tmp"):
             left_by_a_killed_run.unlink(missing_ok=True)
         code = git("hash-object", "-w", "--path", "train.py", "--stdin", input=running_source())
@@ -1829,7 +1876,7 @@ class Notebook:
         unfinished, commit = make_commit(tree, head, message)
         run = run._replace(commit=commit, ref=f"{REFS}{stamp}-{commit}")
         write_results([*runs, run])  # first, because it may fail
-        git("update-ref", run.ref, unfinished, "")  # the empty text: there must be none of this name
+        git("update-ref", run.ref, unfinished, "")  # the empty text: the ref must not exist yet
 
         notebook = cls(run, head, incumbent, tree, unfinished, seed is not None, lock)
         others = git("diff", "--name-only", "HEAD", "--", ":/", ":!train.py").split("\n")
@@ -1899,7 +1946,10 @@ class Notebook:
         return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
 
     def can_be_judged(self, runs: list[Run]) -> bool:
-        """Whether HEAD's train.py has a score or failed to get one, or this run is to bring the first."""
+        """Whether HEAD's train.py has a score.
+
+        If no commit before it has one either, it is enough that HEAD's has failed, or is what runs now.
+        """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
         if self.measured_ancestor(runs):
@@ -1911,9 +1961,9 @@ class Notebook:
         return self.is_baseline
 
     def measured_ancestor(self, runs: list[Run]) -> str:
-        """The last commit whose train.py has a score; there is one if somebody committed by hand since."""
+        """The last commit with a score, if somebody committed by hand since then; otherwise ""."""
         was_recorded = any(run.code == self.incumbent and run.has_score for run in runs)
-        if was_recorded:  # by an experiment on another corpus, with another budget or the like
+        if was_recorded:  # it has a score, but on another corpus, with another budget or the like
             return ""
         measured = comparable(runs, self.run.fingerprint)
         return next((commit for commit, code in history().items() if code in measured), "")
@@ -2051,7 +2101,7 @@ class Experiment:
         self.fingerprint = "none"
         self.notebook: Notebook | None = None
         self.told = {}  # what train.py knows of the result
-        self.attention = "n/a"  # its back end; shown, but no reason not to compare two scores
+        self.attention = "n/a"  # its back end; shown, but no part of the fingerprint
         self.has_ended = threading.Event()
         self.finishing = threading.Lock()
         self.stderr = sys.__stderr__ or open(os.devnull, "w")  # a shell can close it
@@ -2144,7 +2194,7 @@ class Experiment:
         depth: int | str = "n/a",
         attention: str = "n/a",
     ) -> None:
-        """Print `---` and the result, `key: value` lines. What train.py does not tell comes from its log."""
+        """Print `---` and the result, `key: value` lines. What train.py does not tell is as logged."""
         log = self.training_log
         if mfu_percent is None:
             mfu_percent = log.mfu(log.flops, CLOCK.training_seconds)
@@ -2354,6 +2404,7 @@ def print_night(night: Night) -> None:
     print("\n".join(lines[-20:]))
     last_kept = max(night.kept, default=0)
     later = [run for run in runs[last_kept:] if run.branch == night.branch]
+    # kept, but not merged yet; the newest run may also be undecided
     pending = [run for run in later[:-1] if run.status == "keep"]
     pending += [run for run in later[-1:] if run.status in ("keep", "maybe", "unfinished")]
     for run in pending[-3:]:

@@ -3,8 +3,8 @@
     uv run train.py                         a plain run: prints its score
     uv run train.py "what is different"     an experiment: recorded and judged
 
-Sections 1 to 5 are the model and how it learns, 6 and 7 make it start and run fast. Data, clock and metric
-come from prepare.py. Shapes: B rows, T tokens, D model width, N heads, H head width, V vocabulary, L layers.
+Sections 1 to 5 are the model and how it learns, 6 and 7 only make it run, and fast. Shapes: B rows, T tokens,
+D model width, N heads, H head width, V vocabulary, L layers.
 """
 
 import functools
@@ -16,7 +16,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -27,12 +26,12 @@ from torch.utils._triton import has_triton
 import prepare
 from prepare import MAX_SEQ_LEN, SCALE, VOCAB_SIZE, AutoresearchError, Experiment
 
-# == 1. Config =================================================================
+# == 1. Config =================
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every number worth tuning. A default without a source is that of the best published branch, 0.9697."""
+    """Every number worth tuning. Defaults are those of the best published branch, if nothing else is said."""
 
     # model
     depth: int = 9  # layers L
@@ -40,35 +39,35 @@ class Config:
     head_dim: int = 128  # head width H
     windows: str = "SSSSL"  # Short or Long, for each layer, repeated; the last layer is always long
     short_window: int = 256  # tokens before itself that a token sees in a short layer
-    rotary_base: float = 200_000.0  # RoPE base
+    rotary_base: float = 200_000.0
     mlp_ratio: int = 4  # hidden width of the MLP is this times D
-    token_shift: bool = False  # blocks also read the token before; 2.6 % of a step of FULL, by estimate
-    ngram_length: int = 2  # longest n-gram with an embedding of its own, 1 for none; modded-nanogpt, nanochat
-    ngram_ratio: int = 5  # the table of n-grams has this times V rows; modded-nanogpt, nanochat
-    value_every: int = 2  # every so many layers, counted from the last one, has value embeddings
-    gate_channels: int = 32  # input channels that the gate of the value embeddings reads
+    token_shift: bool = False  # blocks also read the token before
+    ngram_length: int = 2  # longest n-gram with an embedding of its own, 1 for none; nanochat's
+    ngram_ratio: int = 5  # rows of their table, in units of V; nanochat's
+    value_every: int = 2  # layers from one with value embeddings to the next; the last has them
+    gate_channels: int = 32  # channels of x that the gate of the value embeddings reads
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
-    init_scale: float = 0.68  # matrices that read the residual stream start at this deviation / sqrt(D)
-    x0_init: float = 0.05  # initial weight of the embedding x0, which is added before each layer
+    init_scale: float = 0.68  # deviation of matrices that read the residual stream, times sqrt(D)
+    x0_init: float = 0.05  # weight, at first, of the embedding that is added before each layer
     # batch
     batch_tokens: int = 2**18  # tokens of an optimizer step
-    micro_rows: int = 128  # rows of a forward pass at most, halved until they fit into memory
-    eval_rows: int = 32  # rows of a forward pass in the metric
+    micro_rows: int = 128  # rows of a pass at most; halved until they fit
+    eval_rows: int = 32  # rows of a pass in the metric
     # Muon, for the matrices of the blocks
     matrix_lr: float = 0.04  # spectral norm of a step, roughly
     matrix_weight_decay: float = 0.2  # at the start; falls to 0 with the time
     muon_momentum: tuple[float, float] = (0.85, 0.95)  # at the first step, and after the ramp
     muon_ramp_steps: int = 200
-    muon_beta2: float = 0.95  # memory of NorMuon's second moment
+    muon_beta2: float = 0.95  # of NorMuon's second moment
     # RMSProp by rows, for the n-grams
-    ngram_lr: float = 0.1  # at D = 768; SMALL's 0.9 did harm where each row is met in every step
-    ngram_beta2: float = 0.95  # memory of a row's second moment
+    ngram_lr: float = 0.1  # at D = 768
+    ngram_beta2: float = 0.95  # of a row's second moment
     # AdamW, for all else
     embedding_lr: float = 0.9  # at D = 768; of token and value embeddings
     head_lr: float = 0.005  # at D = 768
-    x0_lr: float = 0.5  # of the x0 scalars
-    resid_lr: float = 0.005  # of the residual scalars; lower, as they compound over the layers
-    shift_lr: float = 0.02  # of the token shift
+    x0_lr: float = 0.5
+    resid_lr: float = 0.005  # of the residual scalars, whose effects multiply
+    shift_lr: float = 0.02
     embedding_weight_decay: float = 0.001
     value_weight_decay: float = 0.003
     head_weight_decay: float = 0.01
@@ -76,8 +75,7 @@ class Config:
     x0_betas: tuple[float, float] = (0.96, 0.95)
     adam_eps: float = 1e-10  # must stay far below the gradients
     # schedule, in fractions of the time budget
-    warmup_frac: float = 0.0  # any warm-up hurt
-    warmdown_frac: float = 0.75
+    warmdown_frac: float = 0.75  # there is no warm-up: any hurt
     final_lr_frac: float = 0.05  # of the peak learning rate
 
     def __post_init__(self):
@@ -93,7 +91,7 @@ class Config:
         return lr * (self.n_embd / 768) ** -0.5
 
     def layer_windows(self, seq_len: int) -> list[int]:
-        """The window of each layer, in tokens; the last layer sees the whole row."""
+        """The window of each layer, in tokens."""
         windows = []
         for layer in range(self.depth):
             is_long = self.windows[layer % len(self.windows)] == "L" or layer == self.depth - 1
@@ -102,20 +100,21 @@ class Config:
 
     def micro_batches(self, rows: int, seq_len: int) -> int:
         """The number of micro-batches of `rows` rows in a batch."""
-        if self.batch_tokens % (rows * seq_len):
+        count, rest = divmod(self.batch_tokens, rows * seq_len)
+        if rest:
             found = f"batch_tokens is {self.batch_tokens:,}, not a multiple of {rows} rows of {seq_len:,}"
             raise AutoresearchError(f"{found}; make it and micro_rows powers of two")
-        return self.batch_tokens // (rows * seq_len)
+        return count
 
 
 FULL = Config()
-DESKTOP = replace(  # published for an RTX 3090: shape and batch alone took val_bpb from 1.596 to 1.101
+DESKTOP = replace(  # published for an RTX 3090: shape and batch took val_bpb from 1.596 to 1.101
     FULL,
     depth=5,
     n_embd=512,
     windows="S",
     short_window=1024,  # T / 2
-    batch_tokens=2**16,  # learning rates are not rescaled for it: that hurt
+    batch_tokens=2**16,  # with the learning rates as they are: scaling them hurt
     micro_rows=32,
     eval_rows=8,  # 0.5 GiB of logits
     warmdown_frac=0.6,
@@ -127,7 +126,7 @@ SMALL = replace(  # for T = 256 and two CPU cores, tuned on Python sources
     head_dim=64,  # beats 32 and 128
     short_window=64,
     mlp_ratio=1,  # beats 2 and 4: steps are cheaper
-    token_shift=True,  # two layers cannot look up what followed an earlier occurrence without it
+    token_shift=True,  # 0.17 better: two layers cannot look up an earlier occurrence without it
     ngram_length=4,  # beats 3 and 5
     ngram_ratio=1024,  # beats 512
     ngram_lr=0.9,  # most rows are met a few times in all
@@ -141,7 +140,7 @@ MAC = replace(SMALL, ngram_ratio=64)  # on MPS the table's gradient is dense: 64
 CONFIGS = {"FULL": FULL, "DESKTOP": DESKTOP, "SMALL": SMALL, "MAC": MAC}
 
 
-# == 2. Model ==================================================================
+# == 2. Model ==================
 
 
 def norm(x: Tensor) -> Tensor:
@@ -325,7 +324,7 @@ class GPT(nn.Module):
         return 6 * matrices + 12 * self.config.n_embd * sum(self.windows)
 
 
-# == 3. Optimizer ==============================================================
+# == 3. Optimizer ==============
 
 POLAR_EXPRESS = (  # (a, b, c) of x <- a x + (b A + c A^2) x, A = x x^T, a row for each step; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -428,15 +427,11 @@ class MuonAdamW:
         self.adamw = torch.optim.AdamW(groups, eps=self.config.adam_eps, fused=True)
 
     @torch.no_grad()
-    def step(self, lr_frac: float, momentum: float, matrix_weight_decay: float) -> None:
-        """One step at `lr_frac` of the peak learning rates."""
+    def step(self, lr_frac: float, momentum: float, weight_decay: float) -> None:
+        """One step at `lr_frac` of the peak rates; momentum and weight decay are Muon's."""
         config = self.config
-        muon = self.numbers(
-            lr=lr_frac * config.matrix_lr,
-            momentum=momentum,
-            beta2=config.muon_beta2,
-            weight_decay=matrix_weight_decay,
-        )
+        lr = lr_frac * config.matrix_lr
+        muon = self.numbers(lr=lr, momentum=momentum, beta2=config.muon_beta2, weight_decay=weight_decay)
         for i, params in enumerate(self.stacks):
             stack = torch.stack(params)
             grads = torch.stack([param.grad for param in params])
@@ -470,7 +465,7 @@ def adamw_groups(model: GPT, c: Config) -> list[dict]:
     embeds = [model.wte.weight]
     value_embeds = [block.attn.value_embed.weight for block in model.blocks if block.attn.has_value_embed]
     heads = [model.lm_head.weight]
-    shifts = [shift for block in model.blocks for shift in (block.attn_shift, block.mlp_shift)]
+    shifts = [param for name, param in model.named_parameters() if name.endswith("_shift")]
     embed_lr = c.by_width(c.embedding_lr)
     head_lr = c.by_width(c.head_lr)
     return [
@@ -479,19 +474,15 @@ def adamw_groups(model: GPT, c: Config) -> list[dict]:
         dict(params=heads, peak_lr=head_lr, weight_decay=c.head_weight_decay, betas=c.adam_betas),
         dict(params=[model.resid_lambdas], peak_lr=c.resid_lr, weight_decay=0.0, betas=c.adam_betas),
         dict(params=[model.x0_lambdas], peak_lr=c.x0_lr, weight_decay=0.0, betas=c.x0_betas),
-        dict(
-            params=shifts if c.token_shift else [], peak_lr=c.shift_lr, weight_decay=0.0, betas=c.adam_betas
-        ),
+        dict(params=shifts, peak_lr=c.shift_lr, weight_decay=0.0, betas=c.adam_betas),
     ]
 
 
-# == 4. Schedules ==============================================================
+# == 4. Schedules ==============
 
 
 def learning_rate_frac(progress: float, config: Config) -> float:
-    """Up from 0 within warmup_frac of the time, then 1, then down to final_lr_frac within warmdown_frac."""
-    if progress < config.warmup_frac:
-        return progress / config.warmup_frac
+    """1 at first; a straight line down to final_lr_frac in the last warmdown_frac of the time."""
     if progress <= 1 - config.warmdown_frac:
         return 1.0
     left = (1 - progress) / config.warmdown_frac
@@ -504,7 +495,7 @@ def muon_momentum(step: int, config: Config) -> float:
     return first + (last - first) * min(1.0, step / config.muon_ramp_steps)
 
 
-# == 5. Training ===============================================================
+# == 5. Training ===============
 
 
 def accumulate_gradients(model: nn.Module, batches: Iterator, micro_batches: int) -> tuple[Tensor, int]:
@@ -520,7 +511,7 @@ def accumulate_gradients(model: nn.Module, batches: Iterator, micro_batches: int
 
 def train(run: Experiment) -> None:
     device = run.device
-    name = "MAC" if device.type == "mps" and SCALE == "small" else SCALE.upper()  # or FULL, DESKTOP, SMALL
+    name = "MAC" if device.type == "mps" and SCALE == "small" else SCALE.upper()
     config = CONFIGS[name]
     dtype = compute_dtype(device)
     compiled = can_compile(device)
@@ -533,20 +524,18 @@ def train(run: Experiment) -> None:
         model.compile(dynamic=False, fullgraph=True)
     optimizer = MuonAdamW(model, config, dtype, compiled)
 
-    def attempt(rows: int) -> None:
-        warm_up(model, optimizer, rows, run.seed)
-
-    rows = fit_micro_batch(attempt, first_rows(config, device))
+    rows = first_rows(config, device)
+    rows = prepare.fit_micro_batch(lambda rows: warm_up(model, optimizer, rows, run.seed), rows)
     micro_batches = config.micro_batches(rows, MAX_SEQ_LEN)
     num_params_M = sum(param.numel() for param in model.parameters()) / 1e6
-    kind = f"{num_params_M:.1f}M parameters, {dtype}, {attend.__name__}"
-    how = "compiled" if compiled else "eager"
-    print(f"{name}: {kind}, {how}, {micro_batches} x {rows} rows of {MAX_SEQ_LEN}", flush=True)
+    how = f"{dtype}, {attend.__name__}, {'compiled' if compiled else 'eager'}"
+    shape = f"{micro_batches} x {rows} rows of {MAX_SEQ_LEN}"
+    print(f"{name}: {num_params_M:.1f}M parameters, {how}, {shape}", flush=True)
 
     batches = prepare.make_dataloader(tokenizer, rows, MAX_SEQ_LEN, device=device)
     flops_per_token = model.flops_per_token()
     gc.collect()
-    gc.freeze()  # what is alive now stays: no collection needs to look through it
+    gc.freeze()  # no collection looks through what is alive now
     for step, progress in run.steps():
         loss, epoch = accumulate_gradients(model, batches, micro_batches)
         lr_frac = learning_rate_frac(progress, config)
@@ -566,16 +555,16 @@ def main() -> int:
     return run.exit_code
 
 
-# == 6. Start ==================================================================
+# == 6. Start ==================
 
 
 def can_compile(device: torch.device) -> bool:
-    """CUDA with Triton. On a CPU compiling would save 10 % of a step, and cost 90 s at first."""
+    """CUDA with Triton. On a CPU it would save 10 % of a step, and cost 90 s at first."""
     return device.type == "cuda" and has_triton()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is faster, on CPUs with AMX or AVX512-BF16. On MPS its attention saw the future."""
+    """bfloat16 where it is fast: CPUs need AMX or AVX512-BF16. On MPS its attention saw the future."""
     is_fast = False
     if device.type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -585,11 +574,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def warm_up(model: GPT, optimizer: MuonAdamW, rows: int, seed: int) -> None:
-    """Two steps and an evaluation on random tokens compile and allocate all there is; then start afresh."""
+    """Compile and allocate everything by two steps and an evaluation on random tokens; then start afresh."""
     config = model.config
     seq_len = len(model.cos)
     micro_batches = min(2, config.micro_batches(rows, seq_len))  # the second adds to gradients that are there
-    # two tensors: if both were the same one, that would be compiled as a special case
+    # two tensors: one for both would be compiled as a special case
     inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, seq_len), device=model.cos.device)
     try:
         for _ in range(2):
@@ -628,28 +617,8 @@ def first_rows(config: Config, device: torch.device) -> int:
     return rows
 
 
-def fit_micro_batch(attempt: Callable[[int], None], rows: int) -> int:
-    """The largest of rows, rows / 2, rows / 4, ... for which attempt(rows) does not run out of memory."""
-    while True:
-        try:
-            attempt(rows)
-            return rows
-        except torch.OutOfMemoryError:
-            pass  # not handled here: the exception holds the tensors of the attempt
-        if rows == 1:
-            remedy = "lower depth or n_embd, or free the device's memory"
-            raise AutoresearchError(f"out of memory with a single row; {remedy}")
-        print(f"out of memory with {rows} rows, trying {rows // 2}", flush=True)
-        rows //= 2
-        torch.compiler.reset()  # otherwise a function is compiled 8 times at most
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
-# == 7. Attention back ends: (q_BTNH, k_BTNH, v_BTNH, window) -> BTNH ==========
-# With a window of W a token sees itself and the W tokens before it, W + 1 keys, in every back end.
+# == 7. Attention back ends, (q_BTNH, k_BTNH, v_BTNH, window) -> BTNH
+# With a window of W a token sees itself and the W tokens before it, W + 1 keys.
 
 
 @functools.lru_cache
@@ -670,7 +639,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def flex_attention_for(seq_len: int, windows: set[int], device: torch.device) -> Callable:
-    """For CUDA: a compiled kernel that skips the blocks of tokens that are wholly masked."""
+    """For CUDA: a compiled kernel that skips blocks of tokens that are wholly masked."""
     from torch.nn.attention import flex_attention as flex
 
     def block_mask(window: int):
@@ -687,27 +656,6 @@ def flex_attention_for(seq_len: int, windows: set[int], device: torch.device) ->
         return compiled(q, k, v, block_mask=masks[window]).transpose(1, 2)
 
     return flex_attention
-
-
-def load_flash_attention_3() -> Callable:
-    """For bfloat16 on Hopper: a kernel from the hub's local cache, downloaded if it is not there."""
-    import kernels
-    import requests
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    snapshots = Path(HF_HUB_CACHE).glob("*--kernels-community--flash-attn3/snapshots/*")
-    try:
-        newest = max(snapshots, key=lambda path: path.stat().st_mtime)
-        kernel = kernels.get_local_kernel(newest)
-    except Exception:  # there is none, half of one, or one for another torch
-        # fails within 3 s without a network, where the hub's own client tries for minutes
-        requests.head(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=3)
-        kernel = kernels.get_kernel("kernels-community/flash-attn3", version=1)
-
-    def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        return kernel.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-
-    return flash_attention_3
 
 
 def check_agreement(attend: Callable, qkv: Tensor, window: int) -> None:
@@ -731,7 +679,7 @@ def choose_attention(config: Config, device: torch.device, dtype: torch.dtype, s
     is_nvidia = torch.version.hip is None
     if is_nvidia and torch.cuda.get_device_capability(device) == (9, 0) and dtype == torch.bfloat16:
         try:
-            attend = load_flash_attention_3()
+            attend = prepare.load_flash_attention_3()
             qkv = torch.randn(3, 1, seq_len, 2, config.head_dim, device=device, dtype=dtype)
             check_agreement(attend, qkv, config.short_window)
             return attend
@@ -744,4 +692,4 @@ def choose_attention(config: Config, device: torch.device, dtype: torch.dtype, s
 if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
-    os._exit(exit_code)  # threads of torch that end with the interpreter have aborted it
+    os._exit(exit_code)  # torch's threads have aborted normal exits

@@ -195,7 +195,7 @@ def back_ends(config: train.Config, device: torch.device) -> dict[str, Callable]
     if train.can_compile(device):
         windows = set(config.layer_windows(prepare.MAX_SEQ_LEN))
         makers["flex_attention"] = lambda: train.flex_attention_for(prepare.MAX_SEQ_LEN, windows, device)
-        makers["flash_attention_3"] = train.load_flash_attention_3
+        makers["flash_attention_3"] = prepare.load_flash_attention_3
     return makers
 
 
@@ -213,7 +213,7 @@ def training_step(config: train.Config, device: torch.device, attend: Callable) 
         model.compile(dynamic=False)
     optimizer = train.MuonAdamW(model, config, dtype, compiled)
     first = train.first_rows(config, device)
-    rows = train.fit_micro_batch(lambda rows: train.warm_up(model, optimizer, rows, 42), first)
+    rows = prepare.fit_micro_batch(lambda rows: train.warm_up(model, optimizer, rows, 42), first)
     micro_batches = config.micro_batches(rows, T)
     inputs, targets = torch.randint(prepare.VOCAB_SIZE, (2, rows, T), device=device)
 

@@ -16,6 +16,7 @@ from helpers.forks import Job
 from helpers.kernel_hub import BUILD, COMMIT, WITHOUT_WINDOW, KernelHub
 from torch import Tensor
 
+import prepare
 import train
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def back_end(name: str, seq_len: int, window: int):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"{name} needs a Hopper GPU")
     try:
-        return train.load_flash_attention_3(), "cuda", torch.bfloat16, 5e-2
+        return prepare.load_flash_attention_3(), "cuda", torch.bfloat16, 5e-2
     except Exception as error:
         pytest.skip(f"{name} did not load: {error}")
 
