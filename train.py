@@ -31,31 +31,31 @@ from prepare import MAX_SEQ_LEN, SCALE, VOCAB_SIZE, AutoresearchError, Experimen
 
 @dataclass(frozen=True)
 class Config:
-    """Every number worth tuning. Defaults are those of the best published branch, if nothing else is said."""
+    """Every number worth tuning. Defaults are those of the best published branch, unless noted."""
 
     # model
     depth: int = 9  # layers L
     n_embd: int = 640  # width D
     head_dim: int = 128  # head width H
     windows: str = "SSSSL"  # Short or Long, for each layer, repeated; the last layer is always long
-    short_window: int = 256  # tokens before itself that a token sees in a short layer
+    short_window: int = 256  # earlier tokens that a token sees in a short layer
     rotary_base: float = 200_000.0
     mlp_ratio: int = 4  # hidden width of the MLP is this times D
     token_shift: bool = False  # blocks also read the token before
-    ngram_length: int = 2  # longest n-gram with an embedding of its own, 1 for none; nanochat's
-    ngram_ratio: int = 5  # rows of their table, in units of V; nanochat's
-    value_every: int = 2  # layers from one with value embeddings to the next; the last has them
+    ngram_length: int = 2  # longest n-gram that has an embedding, 1 for none; as in nanochat
+    ngram_ratio: int = 5  # rows of their table, over V; as in nanochat
+    value_every: int = 2  # one layer in this many has value embeddings, the last included
     gate_channels: int = 32  # channels of x that the gate of the value embeddings reads
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
-    init_scale: float = 0.68  # deviation of matrices that read the residual stream, times sqrt(D)
+    init_scale: float = 0.68  # deviation * sqrt(D) of q, k, v, MLP input and value embeddings
     x0_init: float = 0.05  # weight, at first, of the embedding that is added before each layer
     # batch
     batch_tokens: int = 2**18  # tokens of an optimizer step
-    micro_rows: int = 128  # rows of a pass at most; halved until they fit
+    micro_rows: int = 128  # most rows of a pass; halved until they fit
     eval_rows: int = 32  # rows of a pass in the metric
     # Muon, for the matrices of the blocks
     matrix_lr: float = 0.04  # spectral norm of a step, roughly
-    matrix_weight_decay: float = 0.2  # at the start; falls to 0 with the time
+    matrix_weight_decay: float = 0.2  # at the start; falls linearly to 0
     muon_momentum: tuple[float, float] = (0.85, 0.95)  # at the first step, and after the ramp
     muon_ramp_steps: int = 200
     muon_beta2: float = 0.95  # of NorMuon's second moment
@@ -75,7 +75,7 @@ class Config:
     x0_betas: tuple[float, float] = (0.96, 0.95)
     adam_eps: float = 1e-10  # must stay far below the gradients
     # schedule, in fractions of the time budget
-    warmdown_frac: float = 0.75  # there is no warm-up: any hurt
+    warmdown_frac: float = 0.75  # no warm-up: any hurt
     final_lr_frac: float = 0.05  # of the peak learning rate
 
     def __post_init__(self):
@@ -84,10 +84,10 @@ class Config:
         if not self.windows or set(self.windows) - {"S", "L"}:
             raise ValueError(f"windows is {self.windows!r}; write an S or an L for each layer, such as SSSL")
         if not 1 <= self.ngram_length <= 5:
-            raise ValueError(f"ngram_length is {self.ngram_length}, not 1 to 5: keys are 64-bit integers")
+            raise ValueError(f"ngram_length is {self.ngram_length}, not 1 to 5: BASE**5 exceeds 64 bits")
 
     def by_width(self, lr: float) -> float:
-        """A rate that is given for D = 768: a wider model takes smaller steps."""
+        """Scale a rate given for D = 768: a wider model takes smaller steps."""
         return lr * (self.n_embd / 768) ** -0.5
 
     def layer_windows(self, seq_len: int) -> list[int]:
@@ -126,7 +126,7 @@ SMALL = replace(  # for T = 256 and two CPU cores, tuned on Python sources
     head_dim=64,  # beats 32 and 128
     short_window=64,
     mlp_ratio=1,  # beats 2 and 4: steps are cheaper
-    token_shift=True,  # 0.17 better: two layers cannot look up an earlier occurrence without it
+    token_shift=True,  # -0.17 bpb: two layers cannot look up an earlier occurrence without it
     ngram_length=4,  # beats 3 and 5
     ngram_ratio=1024,  # beats 512
     ngram_lr=0.9,  # most rows are met a few times in all
@@ -134,7 +134,7 @@ SMALL = replace(  # for T = 256 and two CPU cores, tuned on Python sources
     batch_tokens=2**13,  # beats 2^12; 2^14 is level
     micro_rows=32,
     eval_rows=8,
-    logit_softcap=0.0,  # costs a tenth of a step
+    logit_softcap=0.0,  # a cap would cost a tenth of a step
 )
 MAC = replace(SMALL, ngram_ratio=64)  # on MPS the table's gradient is dense: 64 MiB in each step
 CONFIGS = {"FULL": FULL, "DESKTOP": DESKTOP, "SMALL": SMALL, "MAC": MAC}
@@ -172,7 +172,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal attention within a window; some layers add a gated vector of each token to its value."""
+    """Causal attention within a window; some layers add a gated embedding of each token to its value."""
 
     def __init__(self, config: Config, layer: int, window: int, vocab_size: int, attend: Callable):
         super().__init__()
@@ -237,21 +237,21 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # above V and odd: up to 4 tokens have keys of their own, spread evenly over the rows
+    BASE = 36313  # above V: keys of up to 4 tokens are unique; odd: they spread evenly over the rows
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
         self.length = length
         # not nn.Embedding(rows, width), which would draw a gigabyte of random numbers
         self.table = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-        self.table.sparse = self.table.weight.is_cpu  # its gradient: a batch touches few rows
+        self.table.sparse = self.table.weight.is_cpu  # its gradient, since a batch touches few rows
 
     def forward(self, idx_BT: Tensor) -> Tensor:
         key_BT = idx_BT
         rows = []
-        for n in range(1, self.length):
+        for i in range(1, self.length):
             key_of_before = F.pad(key_BT, (1, -1))
-            key_BT = self.BASE**n * idx_BT + key_of_before
+            key_BT = self.BASE**i * idx_BT + key_of_before
             rows.append(key_BT % self.table.num_embeddings)
         return self.table(torch.stack(rows)).sum(dim=0)
 
@@ -340,7 +340,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     x = matrices.to(dtype)
     is_tall = x.size(-2) > x.size(-1)
     if is_tall:
-        x = x.mT  # for the smaller one of the two Gram matrices
+        x = x.mT  # for the smaller Gram matrix
     frobenius = torch.linalg.matrix_norm(x.float(), keepdim=True)
     x = x / (1.02 * frobenius + 1e-6).to(dtype)  # 1.02: safe in bfloat16
     for a, b, c in POLAR_EXPRESS:
@@ -356,9 +356,9 @@ def neuron_means(matrices: Tensor) -> Tensor:
 
 
 def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """NorMuon, arXiv 2510.05491: all rows (or columns) of the longer side take steps of one size.
+    """NorMuon, arXiv 2510.05491: all rows (of a wide matrix, columns) take steps of one size.
 
-    The Frobenius norm of the update stays as it is.
+    The update's Frobenius norm stays.
     """
     means = neuron_means(update.square())
     second_moment.lerp_(means, 1 - beta2)
@@ -369,7 +369,7 @@ def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Te
 
 
 def muon_update(params, grads, momentum_buffer, second_moment, *, lr, momentum, beta2, weight_decay, dtype):
-    """Muon for a stack (matrices, R, C). Weight decay only helps updates that shrink, arXiv 2510.12402."""
+    """Muon for a stack (matrices, R, C). Decay only where the update shrinks a weight, arXiv 2510.12402."""
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momentum_buffer, momentum), dtype).float()
     update = normalize_neurons(update, second_moment, beta2)
@@ -378,7 +378,7 @@ def muon_update(params, grads, momentum_buffer, second_moment, *, lr, momentum, 
 
 
 def rowwise_update(table, grad, second_moment, steps, *, lr, beta2):
-    """RMSProp with a second moment and a step count a row; rows without a gradient stay as they are."""
+    """RMSProp with second moment and step count per row; rows without a gradient stay as they are."""
     rows = slice(None)
     if grad.is_sparse:
         grad = grad.coalesce()
@@ -408,7 +408,7 @@ class MuonAdamW:
             raise ValueError(f"no learning rate for {', '.join(forgotten)}; add a group in adamw_groups")
         self.muon_update = muon_update
         self.rowwise_update = rowwise_update
-        self.numbers = dict  # eager updates take plain numbers
+        self.numbers = dict  # makes keyword arguments: of plain numbers
         if compiled:
             self.muon_update = torch.compile(muon_update, dynamic=False, fullgraph=True)
             self.rowwise_update = torch.compile(rowwise_update, dynamic=False, fullgraph=True)
@@ -499,7 +499,7 @@ def muon_momentum(step: int, config: Config) -> float:
 
 
 def accumulate_gradients(model: nn.Module, batches: Iterator, micro_batches: int) -> tuple[Tensor, int]:
-    """Add up the gradients of several batches; their mean loss, and the epoch."""
+    """Add up the gradients of several batches; return their mean loss, and the epoch."""
     total = 0.0
     for _ in range(micro_batches):
         inputs, targets, epoch = next(batches)
@@ -525,7 +525,7 @@ def train(run: Experiment) -> None:
     optimizer = MuonAdamW(model, config, dtype, compiled)
 
     rows = first_rows(config, device)
-    rows = prepare.fit_micro_batch(lambda rows: warm_up(model, optimizer, rows, run.seed), rows)
+    rows = prepare.fit_micro_batch(lambda n: warm_up(model, optimizer, n, run.seed), rows)
     micro_batches = config.micro_batches(rows, MAX_SEQ_LEN)
     num_params_M = sum(param.numel() for param in model.parameters()) / 1e6
     how = f"{dtype}, {attend.__name__}, {'compiled' if compiled else 'eager'}"
@@ -535,14 +535,14 @@ def train(run: Experiment) -> None:
     batches = prepare.make_dataloader(tokenizer, rows, MAX_SEQ_LEN, device=device)
     flops_per_token = model.flops_per_token()
     gc.collect()
-    gc.freeze()  # no collection looks through what is alive now
+    gc.freeze()  # collections skip what is alive now
     for step, progress in run.steps():
         loss, epoch = accumulate_gradients(model, batches, micro_batches)
         lr_frac = learning_rate_frac(progress, config)
         optimizer.step(lr_frac, muon_momentum(step, config), config.matrix_weight_decay * (1 - progress))
         model.zero_grad()
         run.log(loss, config.batch_tokens, flops_per_token, lr_frac, epoch)
-    prepare.evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))
+    prepare.evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))  # the run keeps the score
     run.summary(num_params_M=num_params_M, depth=config.depth, attention=attend.__name__)
 
 
@@ -559,12 +559,12 @@ def main() -> int:
 
 
 def can_compile(device: torch.device) -> bool:
-    """CUDA with Triton. On a CPU it would save 10 % of a step, and cost 90 s at first."""
+    """CUDA with Triton. On CPUs it saves 10 % of a step and costs 90 s at first."""
     return device.type == "cuda" and has_triton()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast: CPUs need AMX or AVX512-BF16. On MPS its attention saw the future."""
+    """bfloat16 where it is fast: CPUs need AMX or AVX512-BF16. On MPS attention in it saw the future."""
     is_fast = False
     if device.type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -574,11 +574,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def warm_up(model: GPT, optimizer: MuonAdamW, rows: int, seed: int) -> None:
-    """Compile and allocate everything by two steps and an evaluation on random tokens; then start afresh."""
+    """Compile and allocate all by two steps and an evaluation on random tokens; then start afresh."""
     config = model.config
     seq_len = len(model.cos)
-    micro_batches = min(2, config.micro_batches(rows, seq_len))  # the second adds to gradients that are there
-    # two tensors: one for both would be compiled as a special case
+    micro_batches = min(2, config.micro_batches(rows, seq_len))  # the second adds to existing gradients
+    # the same tensor twice would be compiled as a special case
     inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, seq_len), device=model.cos.device)
     try:
         for _ in range(2):
@@ -606,7 +606,7 @@ def graph_break(lines: list[str]) -> AutoresearchError:
 
 
 def first_rows(config: Config, device: torch.device) -> int:
-    """A first guess of the rows of a micro-batch, from free memory. The bytes of a row are an estimate."""
+    """A first guess of a micro-batch's rows, from free memory and a row's estimated bytes."""
     rows = min(config.micro_rows, config.batch_tokens // MAX_SEQ_LEN)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -668,8 +668,8 @@ def check_agreement(attend: Callable, qkv: Tensor, window: int) -> None:
         results.append(torch.cat((output.detach(), *inputs.grad)).float())
     found, wanted = results
     error = ((found - wanted).norm() / wanted.norm()).item()
-    if not error < 0.015:  # bfloat16 is off by 0.003, a window that is off by one token by 0.024
-        raise ValueError(f"its numbers are off by {error:.2g} of sdpa_attention's")
+    if not error < 0.015:  # bfloat16 gives 0.003, a window one token off 0.024
+        raise ValueError(f"its relative error to sdpa_attention is {error:.2g}")
 
 
 def choose_attention(config: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> Callable:
@@ -692,4 +692,4 @@ def choose_attention(config: Config, device: torch.device, dtype: torch.dtype, s
 if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
-    os._exit(exit_code)  # torch's threads have aborted normal exits
+    os._exit(exit_code)  # torch's threads can abort a normal exit
