@@ -3,8 +3,8 @@
     uv run prepare.py [--data climbmix|tinystories|python|DIR]     prepare a corpus, once
     uv run prepare.py --report                                     how a night of experiments went
 
-Nobody edits this file. Part I runs once and turns a corpus into the files that train.py reads. Part II runs
-in every experiment: it serves the training data, keeps the time, scores the model and writes the record.
+No experiment edits this file. Part I runs once and turns a corpus into the files that train.py reads. Part II
+runs in every experiment: it serves the training data, keeps the time, scores the model and writes the record.
 
 Shapes: B rows of a batch, T tokens of a row, V tokens of the vocabulary.
 """
@@ -61,7 +61,7 @@ except ImportError:  # Windows
 # == Constants ===============================================================================================
 
 
-# dense bfloat16 TFLOP/s by data sheet, by a word of the device's name; longer names come first
+# dense bfloat16 TFLOP/s by data sheet, by a word of the device's name; the first match counts
 DATA_CENTER_TFLOPS = {
     "A100": 312, "A800": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989.5, "H800": 989.5, "H200": 989.5,
     "GH200": 989.5, "B200": 2250, "GB200": 2500, "B300": 2250, "GB300": 2500, "MI300X": 1307, "MI325X": 1307,
@@ -115,7 +115,7 @@ if SCALE not in SCALES:
 MAX_SEQ_LEN = SCALES[SCALE].max_seq_len  # tokens of a row
 VOCAB_SIZE = SCALES[SCALE].vocab_size  # different tokens, SPECIAL_TOKENS included
 EVAL_TOKENS = SCALES[SCALE].eval_tokens  # tokens that the metric scores
-TRAIN_TOKENS = SCALES[SCALE].train_tokens  # at most, 0 for all; the limit is about what a run can read once
+TRAIN_TOKENS = SCALES[SCALE].train_tokens  # at most, 0 for all; roughly what one run can read
 TRAIN_BYTES = 4 * TRAIN_TOKENS  # of the texts that become these tokens
 DEFAULT_CORPUS = SCALES[SCALE].corpus
 
@@ -134,7 +134,9 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-SHARDS = "shards-2"  # folder of the shards that are built here; in older ones a file could be on both sides
+SHARDS = (
+    "shards-2"  # folder of shards that are built here; in the first version a file could be in both splits
+)
 # version and scale of a prepared folder
 LAYOUT = [2, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 
@@ -166,7 +168,7 @@ PACKING_REFILL = 128  # appended at once when fewer are held
 MIN_VALIDATION_ROWS = 64
 
 LOGITS_BYTES = 2**31  # of float32 logits that the metric asks for at once
-PROBES = 256  # (row, cut) pairs at least: a leak behind a rare token needs that many
+PROBES = 256  # (row, cut) pairs at least: with fewer, a leak that opens after a rare token goes unseen
 TOLERANCE = 0.005  # nats that the future may move a loss by
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
@@ -485,8 +487,8 @@ def altered(path: Path) -> AutoresearchError:
 
 # == Corpora =================================================================================================
 # A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files with a column
-# `text`. To add one, write such a function, name it in CORPORA and commit it: older scores do not compare
-# with the new ones.
+# `text`. To add one, write such a function, name it in CORPORA and commit: an experiment refuses a prepare.py
+# that is not committed. Scores from before do not compare with later ones.
 
 Shards = dict[str, list[Path]]
 
@@ -563,7 +565,7 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
 
 
 def climbmix(folder: Path, options: Options) -> Shards:
-    """Published shards. The pinned validation shard comes first, so that no run finds it missing."""
+    """Published shards. The pinned validation shard is downloaded before the others."""
 
     def shard_path(number: int) -> Path:
         return folder / "downloads" / f"shard_{number:05d}.parquet"
@@ -603,7 +605,7 @@ def python(folder: Path, options: Options) -> Shards:
                 text = path.read_text("utf-8")
                 yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
-    # infinity and not None: without a limit, too, each piece comes once
+    # infinity and not None: so that sample() takes each piece once, even where there is no limit
     return build_shards(folder / SHARDS, sample(split_sources(sources()), TRAIN_BYTES or math.inf))
 
 
@@ -816,7 +818,7 @@ def split_sources(sources: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
 def sample(documents: Iterable[tuple[str, str]], train_bytes: float | None) -> Iterator[tuple[str, str]]:
     """Up to VALIDATION_BYTES of validation documents, in the order of their hashes, and training documents.
 
-    With `train_bytes` these are a sample of that size, in that order too; without it all, as they come.
+    With `train_bytes` the latter are a sample of that size, in that order too; otherwise all, as they come.
     """
     validation = Sample(VALIDATION_BYTES)
     training = Sample(train_bytes or 0)
@@ -909,7 +911,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        # int64 (V,), raw bytes of each token: a lone byte >= 0x80 would decode to U+FFFD, which has three
+        # int64 (V,), raw bytes of each token; decoded, a lone byte >= 0x80 would be U+FFFD, three bytes
         self.token_bytes = torch.tensor([len(token) for token in ranks] + [0] * len(special))
 
     @classmethod
@@ -1167,7 +1169,8 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
 
     # names say what a file was made from, so that another vocabulary or corpus never finds an old one
     made_from = short_hash(
-        VOCAB_SIZE, SPLIT_PATTERN, TOKENIZER_CHARS, [hashes[path] for path in shards["train"]]
+        [VOCAB_SIZE, SPLIT_PATTERN, TOKENIZER_CHARS, TOKENIZER_DOCUMENT_CHARS],
+        [hashes[path] for path in shards["train"]],
     )
     tokenizer_path = tokens / f"tokenizer-{made_from}.txt"
     if not tokenizer_path.exists():
@@ -1217,7 +1220,8 @@ def tokenize_shards(
     val_hashes = [hashes[path] for path in val_group]
 
     def token_path(group: tuple[Path, ...]) -> Path:
-        made_from = short_hash(tokenizer_hash, TRAIN_TOKENS, val_hashes, [hashes[path] for path in group])
+        limits = [MAX_SEQ_LEN, TRAIN_TOKENS]
+        made_from = short_hash(tokenizer_hash, limits, val_hashes, [hashes[path] for path in group])
         return tokens / f"{group[0].stem}-{made_from}.bin"
 
     def tokenize_group(group: tuple[Path, ...]) -> None:
@@ -1298,7 +1302,7 @@ class Clock:
             # The next step is expected to take as long as the shorter of the last two, so that a single slow
             # one does not end the run. Before the second step that is 0: the first may do what no other does.
             next_seconds = min(last_seconds, second_last_seconds)
-            elapsed = now - self.started_s + steps_in_flight * last_seconds  # a queued step counts as spent
+            elapsed = now - self.started_s + steps_in_flight * next_seconds  # a queued step counts as spent
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -1409,7 +1413,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     first = next(parameters, None)
     device = default_device() if first is None else first.device
     rows = torch.from_numpy(tokenizer.data.rows.astype(np.int64)).to(device)
-    # at most half of the rows: then a probe has at least two to choose from at each place of the batch
+    # at most half of the rows, so that RowChooser has at least two rows for each place of a batch
     batch = min(batch_size, LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)
     was_training = getattr(model, "training", False)
     if was_training:
@@ -1533,7 +1537,7 @@ def probe_cuts(rng: np.random.Generator) -> np.ndarray:
 class RowChooser:
     """Chooses the row of a probe, so that the token before the cut is a common one that was not probed yet.
 
-    A leak may open behind one token only, and behind a common one it would move the score most.
+    A leak may open after one particular token only, and after a common one it would move the score most.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, rng: np.random.Generator):
@@ -1948,7 +1952,7 @@ class Notebook:
     def can_be_judged(self, runs: list[Run]) -> bool:
         """Whether HEAD's train.py has a score.
 
-        If no commit before it has one either, it is enough that HEAD's has failed, or is what runs now.
+        If no earlier commit has one either, it is enough that HEAD's has failed or is the code of this run.
         """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
@@ -1961,7 +1965,7 @@ class Notebook:
         return self.is_baseline
 
     def measured_ancestor(self, runs: list[Run]) -> str:
-        """The last commit with a score, if somebody committed by hand since then; otherwise ""."""
+        """The newest commit with a score, if HEAD's train.py was committed without one; otherwise ""."""
         was_recorded = any(run.code == self.incumbent and run.has_score for run in runs)
         if was_recorded:  # it has a score, but on another corpus, with another budget or the like
             return ""
@@ -1998,7 +2002,7 @@ class Notebook:
             return self.remedy(others, run.commit)
         if run.status == "keep":
             command = f"git merge -q --ff-only --autostash {run.commit}"
-        elif run.status == "maybe":
+        elif run.status in ("maybe", "stopped"):
             command = f"uv run train.py {shlex.quote(run.description)}"
         else:
             return "# edit train.py" if self.is_baseline else "git restore -SW train.py"
@@ -2012,7 +2016,11 @@ def running_source() -> bytes:
     """train.py's bytes, after a check that they are what runs: compiled, they equal the code on the stack."""
     source = (HERE / "train.py").read_bytes()
     running = [frame.f_code for frame, _ in traceback.walk_stack(None)]
-    if compile(source, "train.py", "exec", dont_inherit=True) not in running:
+    try:
+        code = compile(source, "train.py", "exec", dont_inherit=True)
+    except SyntaxError:
+        code = None
+    if code not in running:
         found = "train.py was edited while this run started, so it is not what runs"
         raise AutoresearchError(f"{found}; run it again")
     return source
@@ -2194,7 +2202,7 @@ class Experiment:
         depth: int | str = "n/a",
         attention: str = "n/a",
     ) -> None:
-        """Print `---` and the result, `key: value` lines. What train.py does not tell is as logged."""
+        """Print `---` and the result, `key: value` lines. What train.py leaves out comes from run.log()."""
         log = self.training_log
         if mfu_percent is None:
             mfu_percent = log.mfu(log.flops, CLOCK.training_seconds)
@@ -2266,12 +2274,12 @@ class Experiment:
             self.has_ended.set()
             CLOCK.end()
             self.exit_code = 1 if failure else 0
-            faulthandler.cancel_dump_traceback_later()
             with contextlib.suppress(OSError):  # nobody may be there to read it
                 if sys.stdout:
                     sys.stdout.flush()
                 if message:
                     print(message, file=sys.stderr, flush=True)
+            faulthandler.cancel_dump_traceback_later()  # not before: a full pipe can block the lines above
             if self.notebook:
                 self._record(failure, message)
 
@@ -2372,7 +2380,7 @@ def look_back(runs: list[Run], codes: set[str], branch: str) -> Night:
             if run.code not in number_of_code or run.status == "keep":
                 number_of_code[run.code] = number
     kept = {number: alike[number] for number in sorted(number_of_code.values())}
-    levels = {number: mean(scores(groups[run.code])[:2]) for number, run in kept.items()}
+    levels = {number: mean(scores(groups[run.code])) for number, run in kept.items()}
     return Night(branch, numbered, alike, kept, levels)
 
 

@@ -12,6 +12,7 @@ from helpers.fork_server import wait_for
 from helpers.lab import BETTER, CRASH, ROOT, TRAIN, WORSE, Lab, Outcome
 
 PROGRAM = (ROOT / "program.md").read_text()
+README = (ROOT / "README.md").read_text()
 BLOCKS = [
     "\n".join(line.strip() for line in block.splitlines())
     for block in re.findall(r"^ *```bash\n(.*?)^ *```$", PROGRAM, re.M | re.S)
@@ -210,6 +211,33 @@ def test_a_work_tree_as_program_md_says(tmp_path: Path):
     other = Lab(tmp_path / "autoresearch-1")
     assert other.git("rev-parse", "--abbrev-ref", "HEAD") == "autoresearch/night-1"
     assert other.train.read_text() == TRAIN and other.git("status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["the agent ends", "the time is over"])
+def test_a_cluster_job_as_the_readme_says(end, cache, tmp_path: Path):
+    """The job script, with a stand-in agent that makes one run; what it found is at the origin then."""
+    lab = Lab.create(tmp_path / "prepared")
+    origin = tmp_path / "origin.git"
+    lab.sh(f"git clone -q --bare . {origin} && git remote add origin {origin}")
+    job = tmp_path / "night.sbatch"
+    job.write_text(re.search(r"```bash\n(#!/bin/bash\n#SBATCH .*?)```", README, re.S)[1])
+    agent = tmp_path / "agent.sh"
+    ready = tmp_path / "ready"
+    follow = "uv run train.py baseline > run.log; eval \"$(sed -n 's/.* next: //p' run.log)\""
+    agent.write_text(f"{follow}; touch {ready}; exec sleep {0 if end == 'the agent ends' else 600}\n")
+    env = lab.env | {"AGENT": f"bash {agent}", "SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(["bash", str(job)], cwd=lab.folder, env=env, stdout=subprocess.PIPE)
+    wait_for(ready.exists)
+    if end == "the time is over":
+        process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0].decode()
+    assert re.search(r"\tkeep\tbaseline\t", output), output
+    refs = subprocess.run(
+        ["git", "-C", origin, "for-each-ref"], capture_output=True, check=True
+    ).stdout.decode()
+    commit = re.search(r"^(\w{40}) commit\trefs/heads/autoresearch/\d{4}-7-0$", refs, re.M)[1]
+    assert re.search(rf"^{commit} commit\trefs/autoresearch/", refs, re.M), refs
 
 
 def test_the_notes_of_an_agent_are_ignored(tmp_path: Path):

@@ -448,8 +448,8 @@ def test_a_signal_stops_a_run(begun, number):
     assert outcome.errors == "error: interrupted, so there is no score; start the run again\n"
     assert lab.saved(row["commit"]) == TRAIN.replace(*BETTER)
     assert len(lab.record()) == 4 and lab.record()[-1]["commit"] == row["commit"]
-    lab.sh(outcome.next)
-    assert lab.is_clean()
+    assert lab.sh(outcome.next).status == "keep"
+    assert [row["status"] for row in lab.record()[-2:]] == ["stopped", "keep"]
 
 
 def test_the_watchdog_ends_a_hang(begun):
