@@ -74,14 +74,17 @@ PEAK_TFLOPS = DATA_CENTER_TFLOPS | {
 
 
 def known_name(name: str) -> str:
-    """The first entry of PEAK_TFLOPS that is a whole word of a device's name, or ""; RTX A1000 is no A100."""
-    return next((part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), "")
+    """The first entry of PEAK_TFLOPS that is a whole word of a device's name: RTX A1000 is no A100.
+
+    The empty text for others, and for a slice (MIG) of a device.
+    """
+    is_slice = " MIG " in name
+    return "" if is_slice else next((part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), "")
 
 
 def choose_scale(name: str, memory_gib: float) -> str:
-    """The scale of a CUDA or ROCm device. A slice (MIG) of a data-center GPU does not count as one."""
-    is_data_center = known_name(name) in DATA_CENTER_TFLOPS and " MIG " not in name
-    return "full" if is_data_center and memory_gib >= 38 else "desktop"
+    """The scale of a CUDA or ROCm device."""
+    return "full" if known_name(name) in DATA_CENTER_TFLOPS and memory_gib >= 38 else "desktop"
 
 
 def default_scale() -> str:
@@ -134,9 +137,7 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-SHARDS = (
-    "shards-2"  # folder of shards that are built here; in the first version a file could be in both splits
-)
+SHARDS = "shards-2"  # folder of shards that are built here; those of the first format were split by piece
 # version and scale of a prepared folder
 LAYOUT = [2, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 
@@ -388,7 +389,7 @@ def fit_micro_batch(attempt: Callable[[int], None], rows: int) -> int:
             raise AutoresearchError(f"out of memory with a single row; {remedy}")
         print(f"out of memory with {rows} rows, trying {rows // 2}", flush=True)
         rows //= 2
-        torch.compiler.reset()  # otherwise a function is compiled 8 times at most
+        torch.compiler.reset()  # torch compiles a function 8 times at most; this begins anew
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -537,6 +538,7 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
     """
     remedy = f"({url}); check the network and HF_ENDPOINT, then run prepare.py again"
     headers = {"Accept-Encoding": "identity"}  # the bytes of a compressed answer could not be counted
+    size = 0
     with published(path) as file:
         for attempt in range(DOWNLOAD_ATTEMPTS):
             time.sleep(0.5 * (2**attempt - 1))
@@ -548,10 +550,12 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
 
             resumed = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             start = int(resumed[1]) if resumed else 0
+            progress.update(start - file.tell())  # what has to be fetched again
+            progress.total = (progress.total or 0) - size
             file.seek(start)
             file.truncate()
-            length = int(response.headers.get("Content-Length", 0))
-            progress.total = (progress.total or 0) + length
+            size = start + int(response.headers.get("Content-Length", 0))
+            progress.total += size
             with response, contextlib.suppress(requests.RequestException):
                 for block in response.iter_content(2**20):
                     progress.update(file.write(block))
@@ -561,7 +565,7 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
 
             headers["Range"] = f"bytes={file.tell()}-"
             headers["If-Range"] = response.headers.get("ETag", '"unknown"')
-        raise AutoresearchError(f"{path.name}: cut off at {file.tell()} of {start + length} bytes {remedy}")
+        raise AutoresearchError(f"{path.name}: cut off at {file.tell()} of {size} bytes {remedy}")
 
 
 def climbmix(folder: Path, options: Options) -> Shards:
@@ -605,7 +609,7 @@ def python(folder: Path, options: Options) -> Shards:
                 text = path.read_text("utf-8")
                 yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
-    # infinity and not None: so that sample() takes each piece once, even where there is no limit
+    # infinity, not None: with None sample() would hand on every copy of a piece
     return build_shards(folder / SHARDS, sample(split_sources(sources()), TRAIN_BYTES or math.inf))
 
 
@@ -845,11 +849,12 @@ class Sample:
 
     def add(self, text: str) -> None:
         key = content_hash(text)
-        if key >= self.cutoff or key in self.hashes:
+        size = len(text.encode())
+        if key >= self.cutoff or key in self.hashes or size > self.max_bytes:
             return
         heapq.heappush(self.heap, (-key, text))
         self.hashes.add(key)
-        self.bytes += len(text.encode())
+        self.bytes += size
         while self.bytes > self.max_bytes:
             minus_hash, removed = heapq.heappop(self.heap)
             self.cutoff = -minus_hash
@@ -911,7 +916,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        # int64 (V,), raw bytes of each token; decoded, a lone byte >= 0x80 would be U+FFFD, three bytes
+        # int64 (V,), number of raw bytes of each token; decoded, a lone byte >= 0x80 would count 3 (U+FFFD)
         self.token_bytes = torch.tensor([len(token) for token in ranks] + [0] * len(special))
 
     @classmethod
@@ -1300,7 +1305,7 @@ class Clock:
         now = self.started_s = time.perf_counter()
         for step in itertools.count():
             # The next step is expected to take as long as the shorter of the last two, so that a single slow
-            # one does not end the run. Before the second step that is 0: the first may do what no other does.
+            # one does not end the run. Until two steps are done it is 0, since the first one may be special.
             next_seconds = min(last_seconds, second_last_seconds)
             elapsed = now - self.started_s + steps_in_flight * next_seconds  # a queued step counts as spent
             if elapsed + next_seconds > TIME_BUDGET:
@@ -1438,7 +1443,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
 def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
     """Losses, float32 (rows, T) in nats, of a model that stands the probes.
 
-    The first batch is asked four times: twice at once, for the noise of the model itself, then after all
+    The first batch is asked four times: twice in a row, for the noise of the model itself, then after all
     other batches and after the probes. A model that learns from what it is asked answers differently by then.
     """
     # batches of one shape, so that nothing is compiled twice: the last one is filled up with the first rows
@@ -1551,7 +1556,9 @@ class RowChooser:
         candidates = place + self.batch * self.rng.permutation(len(self.tokens) // self.batch)
         before_cut = self.tokens[candidates, cut - 1]
         best = self.worth[before_cut].argmax()
-        self.worth[before_cut[best]] *= 1e-6  # not 0: a second round has the same order
+        self.worth[before_cut[best]] *= (
+            1e-6  # not 0: when all have been probed, the commonest is the first again
+        )
         return candidates[best]
 
 
@@ -1952,7 +1959,7 @@ class Notebook:
     def can_be_judged(self, runs: list[Run]) -> bool:
         """Whether HEAD's train.py has a score.
 
-        If no earlier commit has one either, it is enough that HEAD's has failed or is the code of this run.
+        Where no earlier commit has one either: also if HEAD's was tried and failed, or is what runs now.
         """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
