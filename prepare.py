@@ -560,7 +560,9 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
                 for block in response.iter_content(2**20):
                     progress.update(file.write(block))
                 file.flush()
-                next(texts(Path(file.name), f"{path.name} from {url}"), None)  # raises if the file is broken
+                next(
+                    texts(Path(file.name), f"{path.name} from {url}"), None
+                )  # raises if the footer or the first rows are broken
                 return
 
             headers["Range"] = f"bytes={file.tell()}-"
@@ -838,7 +840,10 @@ def sample(documents: Iterable[tuple[str, str]], train_bytes: float | None) -> I
 
 
 class Sample:
-    """The documents with the lowest content hashes, each once, up to `max_bytes`: an even sample."""
+    """The documents with the lowest content hashes, each once, up to `max_bytes`: an even sample.
+
+    A document that is longer than that is left out, it would be all of the sample.
+    """
 
     def __init__(self, max_bytes: float):
         self.max_bytes = max_bytes
@@ -1297,7 +1302,7 @@ class Clock:
         """See Experiment.steps."""
         if not math.isnan(self.started_s):
             raise MetricError("run.steps() was called twice; a run has one clock")
-        steps_in_flight = 1 if self.device.type == "cuda" else 0
+        is_cuda = self.device.type == "cuda"
         this_step_done = None
         last_seconds = 0.0
         second_last_seconds = 0.0
@@ -1307,11 +1312,13 @@ class Clock:
             # The next step is expected to take as long as the shorter of the last two, so that a single slow
             # one does not end the run. Until two steps are done it is 0, since the first one may be special.
             next_seconds = min(last_seconds, second_last_seconds)
-            elapsed = now - self.started_s + steps_in_flight * next_seconds  # a queued step counts as spent
+            elapsed = now - self.started_s
+            if is_cuda and step > 2:
+                elapsed += next_seconds  # of the step that is queued
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
-            if steps_in_flight:
+            if is_cuda and step >= 2:  # the host goes one step ahead, once two have shown how long they take
                 last_step_done = this_step_done
                 this_step_done = torch.cuda.current_stream().record_event()
                 if last_step_done:
@@ -1952,7 +1959,7 @@ class Notebook:
             again = from_here("uv run train.py baseline")
             doubt = "if the idea costs no time, the machine changed its speed"
             reason += f"\n{ratio:.2f} times the steps: {doubt}"
-            reason += f"; after the next command measure the branch again: {again}"
+            reason += f"; when this idea is decided, measure the branch again: {again}"
         seeds = "2 seeds" if len(mine) == 2 else "1 seed"
         return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
 
@@ -2209,7 +2216,7 @@ class Experiment:
         depth: int | str = "n/a",
         attention: str = "n/a",
     ) -> None:
-        """Print `---` and the result, `key: value` lines. What train.py leaves out comes from run.log()."""
+        """Print `---` and the result, `key: value` lines. What is left out is as logged, or "n/a"."""
         log = self.training_log
         if mfu_percent is None:
             mfu_percent = log.mfu(log.flops, CLOCK.training_seconds)
@@ -2421,7 +2428,7 @@ def print_night(night: Night) -> None:
     later = [run for run in runs[last_kept:] if run.branch == night.branch]
     # kept, but not merged yet; the newest run may also be undecided
     pending = [run for run in later[:-1] if run.status == "keep"]
-    pending += [run for run in later[-1:] if run.status in ("keep", "maybe", "unfinished")]
+    pending += [run for run in later[-1:] if run.status in ("keep", "maybe", "stopped", "unfinished")]
     for run in pending[-3:]:
         print(f"pending: {run.commit}  {run.val_bpb:.6f}  {run.status}: {run.description}")
 

@@ -31,7 +31,7 @@ from prepare import MAX_SEQ_LEN, SCALE, VOCAB_SIZE, AutoresearchError, Experimen
 
 @dataclass(frozen=True)
 class Config:
-    """Every number worth tuning. Defaults are those of the best published branch, unless noted."""
+    """Every number worth tuning. Defaults are the best published branch's, unless a comment says else."""
 
     # model
     depth: int = 9  # layers L
@@ -41,7 +41,7 @@ class Config:
     short_window: int = 256  # earlier tokens that a token sees in a short layer
     rotary_base: float = 200_000.0
     mlp_ratio: int = 4  # hidden width of the MLP is this times D
-    token_shift: bool = False  # blocks also read the token before
+    token_shift: bool = False  # ours: blocks also read the token before
     ngram_length: int = 2  # longest n-gram that has an embedding, 1 for none; as in nanochat
     ngram_ratio: int = 5  # rows of their table, over V; as in nanochat
     value_every: int = 2  # one layer in this many has value embeddings, the last included
@@ -60,14 +60,14 @@ class Config:
     muon_ramp_steps: int = 200
     muon_beta2: float = 0.95  # of NorMuon's second moment
     # RMSProp by rows, for the n-grams
-    ngram_lr: float = 0.1  # at D = 768
-    ngram_beta2: float = 0.95  # of a row's second moment
+    ngram_lr: float = 0.1  # ours, at D = 768
+    ngram_beta2: float = 0.95  # ours
     # AdamW, for all else
     embedding_lr: float = 0.9  # at D = 768; of token and value embeddings
     head_lr: float = 0.005  # at D = 768
     x0_lr: float = 0.5
     resid_lr: float = 0.005  # of the residual scalars, whose effects multiply
-    shift_lr: float = 0.02
+    shift_lr: float = 0.02  # ours
     embedding_weight_decay: float = 0.001
     value_weight_decay: float = 0.003
     head_weight_decay: float = 0.01

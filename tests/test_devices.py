@@ -40,6 +40,7 @@ CARDS = {  # name as the driver gives it, GiB: scale
     ("NVIDIA GB10", 119.7): "desktop",
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.75): "desktop",
     ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 19.5): "desktop",
+    ("NVIDIA H200 MIG 4g.71gb", 70.0): "desktop",
     ("A card of next year", 500.0): "desktop",
     ("", 80.0): "desktop",
 }
@@ -60,7 +61,14 @@ def test_the_longest_name_gives_the_peak():
         "NVIDIA L40S",
     ]
     assert [prepare.PEAK_TFLOPS[prepare.known_name(name)] for name in names] == [989.5, 756, 835, 989.5, 362]
-    for name in ("NVIDIA RTX A1000", "NVIDIA GB10", "AMD Radeon RX 7900 XTX", "NVIDIA A10G", ""):
+    for name in (
+        "NVIDIA RTX A1000",
+        "NVIDIA GB10",
+        "AMD Radeon RX 7900 XTX",
+        "NVIDIA A10G",
+        "NVIDIA H200 MIG 4g.71gb",
+        "",
+    ):
         assert prepare.known_name(name) == ""
 
 

@@ -576,7 +576,7 @@ def test_who_took_fewer_steps_is_told_what_to_do(begun):
     lab.edit(WORSE)
     outcome = lab.run("fewer steps")
     assert outcome.compared() == (shown(lab.rows()[-1:]), shown(lab.rows()[:2]))
-    says = "0.50 times the steps: if the idea costs no time, .* after the next command .*: (uv run .*)"
+    says = "0.50 times the steps: if the idea costs no time, .* when this idea is decided, .*: (uv run .*)"
     again = re.fullmatch(says, outcome.output.splitlines()[-2])[1]
     lab.sh(outcome.next)
     outcome = lab.sh(again)
