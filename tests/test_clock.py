@@ -440,6 +440,7 @@ def hanging(folder: Path, call: str) -> Lab:
     return lab
 
 
+@pytest.mark.slow
 def test_a_hang_is_ended_with_all_stacks(cache, tmp_path):
     hung = hanging(tmp_path, "time.sleep(600)").run("", RUN_LIMIT="1")
     assert hung.code == 1
@@ -457,6 +458,7 @@ def test_a_hang_that_holds_the_interpreter_is_ended(cache, tmp_path):
     assert re.search(r"train\.py\", line \d+ in stuck\n", hung.errors)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_left_alone(cache, tmp_path):
     """By the watchdog, when the process goes on."""
     lab = Lab.create(tmp_path / "lab")

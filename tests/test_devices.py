@@ -253,6 +253,7 @@ def lab(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return lab
 
 
+@pytest.mark.slow
 @NEEDS_TWO_CPUS
 def test_usable_cpus_follow_the_affinity(lab, tmp_path):
     """They decide the threads, and scores of different numbers of them do not compare."""
@@ -273,6 +274,7 @@ def test_prepare_counts_the_cpus_too(forks, cache, corpus):
     assert told[0] == told[2] != told[1]
 
 
+@pytest.mark.slow
 @NEEDS_TWO_CPUS
 def test_fewer_threads_are_obeyed_and_more_are_not(lab):
     more = lab.run(OMP_NUM_THREADS="64")
@@ -288,6 +290,7 @@ def test_fewer_threads_are_obeyed_and_more_are_not(lab):
 # == Without fcntl and resource, as on Windows ===============================================================
 
 
+@pytest.mark.slow
 def test_neither_fcntl_nor_resource_is_needed(corpus, tmp_path):
     """It prepares, trains for seconds, records and reports."""
     lab = Lab.create(tmp_path / "lab")
@@ -321,6 +324,7 @@ def sees_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) 
     return train.sdpa_attention(q, k, v, window)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch's compiler
 def test_a_graph_break_is_one_line():
     """It names the line of code and what can be done."""

@@ -74,6 +74,7 @@ def test_only_a_full_cache_asks_for_room(reported, tmp_path):
 # == Homes, users and streams ================================================================================
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not IS_ROOT, reason="only root can become a user whom nobody knows")
 def test_without_a_home_the_cache_is_asked_for(corpus, lab, tmp_path):
     """HOME is unset and there is no entry in passwd, as in a container with --user."""
@@ -86,6 +87,7 @@ def test_without_a_home_the_cache_is_asked_for(corpus, lab, tmp_path):
     assert job.stderr == "" and re.search(r"^val_bpb: +\d", job.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_nobody_needs_to_listen(corpus, reported, tmp_path):
     """With stdout closed everything is done all the same."""
     env = {"AUTORESEARCH_CACHE": tmp_path / "cache"}
@@ -114,6 +116,7 @@ def test_closed_streams_of_real_processes(corpus, tmp_path):
     assert found == [("keep", "with >&-"), ("baseline", "with >&- 2>&- <&-")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_narrow_encoding_of_stdout_loses_no_run(encoding, tmp_path, cache):
     """Of Windows, or of an old locale: descriptions and folders have letters that it does not have."""
@@ -131,6 +134,7 @@ def test_a_narrow_encoding_of_stdout_loses_no_run(encoding, tmp_path, cache):
 # == Descriptions ============================================================================================
 
 
+@pytest.mark.slow
 def test_a_description_of_5000_characters_is_cut(tmp_path, cache):
     """It fits into a line of results.tsv, of git and of a screen."""
     lab = Lab.create(tmp_path / "lab")

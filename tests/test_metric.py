@@ -154,6 +154,7 @@ def test_targets_without_bytes_are_left_out(tokenizer):
 # -- the tokenizer -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_corpus_is_refused_in_an_experiment(cache, tmp_path, capsys):
     """The score is that of the tokenizer's own folder, but the run began with the active one."""
     result = main("--data", write_corpus(tmp_path / "texts", 1.8), AUTORESEARCH_CACHE=tmp_path / "cache")
@@ -222,6 +223,7 @@ class Hungry(Net):
         return super().forward(inputs)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_batch(tokenizer):
     model = Hungry(limit=5)
     assert evaluate_bpb(model, tokenizer, 24) == pytest.approx(bigram_bpb(tokenizer), abs=1e-6)
@@ -437,6 +439,7 @@ def test_a_hundredth_of_a_nat_is_caught(tokenizer):
         evaluate_bpb(Nudged(0.01), tokenizer, BATCH)
 
 
+@pytest.mark.slow
 def test_a_thousandth_of_a_nat_passes(tokenizer):
     gain = bigram_bpb(tokenizer) - evaluate_bpb(Nudged(0.001), tokenizer, BATCH)
     assert 1e-4 < gain < 1e-3

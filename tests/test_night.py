@@ -85,6 +85,7 @@ def ended(output: str) -> Outcome:
     return Outcome(int(code), log, "")
 
 
+@pytest.mark.slow
 def test_a_night_as_program_md_says(cache: Path, tmp_path: Path):
     lab = Lab.create(tmp_path / "repository")
     agent = Agent(lab)

@@ -181,6 +181,7 @@ def test_discard_leaves_everything_as_before(begun, situation):
 NASTY = 'it\'s "1e-3" \\ $(touch oops) `touch oops` $HOME * ; \t\n\r\u2028 status: keep 学 \udcff -> 1%  '
 
 
+@pytest.mark.slow
 def test_maybe_repeats_whatever_the_description(begun):
     lab = begun
     lab.edit(OTHER)
@@ -219,6 +220,7 @@ def test_a_long_description_is_cut_with_a_note(begun):
     assert lab.rows()[-1]["description"] == ("word " * 40).strip()
 
 
+@pytest.mark.slow
 def test_commands_work_in_the_folder_of_the_user(begun):
     lab = begun
     below(lab)
@@ -571,6 +573,7 @@ def test_what_was_committed_by_hand_is_given_back(begun, edited):
     assert lab.is_clean()
 
 
+@pytest.mark.slow
 def test_who_took_fewer_steps_is_told_what_to_do(begun):
     lab = begun
     lab.edit(WORSE)
@@ -596,6 +599,7 @@ def test_a_twentieth_of_the_steps_is_no_difference(begun, steps, is_told):
     assert (f"{steps / 100:.2f} times the steps: " in outcome.output) == is_told
 
 
+@pytest.mark.slow
 def test_a_crash_finishes_no_seed(begun):
     lab = begun
     lab.edit(CRASH)
@@ -614,6 +618,7 @@ def test_a_bad_seed_is_an_error(begun, seed):
     assert len(lab.record()) == 3
 
 
+@pytest.mark.slow
 def test_a_chosen_seed_is_never_judged(begun):
     lab = begun
     outcome = lab.run("a baseline of its own", SEED="99")
@@ -702,6 +707,7 @@ def test_two_work_trees_share_their_runs(begun):
     assert len(two.rows()) == 6
 
 
+@pytest.mark.slow
 def test_two_work_trees_may_measure_the_baseline_at_once(tmp_path, cache):
     one = Lab.create(tmp_path / "one")
     labs = [one, worktree(one, 2)]
@@ -735,6 +741,7 @@ def test_two_work_trees_may_measure_the_baseline_at_once(tmp_path, cache):
     assert len(one.record()) == 4
 
 
+@pytest.mark.slow
 def test_a_night_survives_its_work_tree(begun):
     one = begun
     two = worktree(one, 2)

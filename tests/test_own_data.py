@@ -335,6 +335,7 @@ def test_text_without_spaces_is_cut_all_the_same(tmp_path):
 NAMES = {"250 bytes": "long" * 62 + "ab", "not UTF-8": NOT_UTF8, "not ASCII": "日本語 🦜\n; 'x'"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_a_folder_may_be_called_anything(name, pool, forks, tmp_path):
     """And a file in it the same. The second time it is recognised."""

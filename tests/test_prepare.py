@@ -368,7 +368,10 @@ FAILING = {
 }
 
 
-@pytest.mark.parametrize("manner", FAILING)
+@pytest.mark.parametrize(
+    "manner",
+    [pytest.param(it, marks=pytest.mark.slow if it in ("stalled", "hold") else ()) for it in FAILING],
+)
 def test_a_failing_download_names_its_cause(manner, hub, tmp_path, passages, slept):
     """Shard, address, cause and remedy in one line; nothing but this shard is missing afterwards."""
     failing = CLIMBMIX.format(0)
@@ -390,6 +393,7 @@ def test_a_failing_download_names_its_cause(manner, hub, tmp_path, passages, sle
     assert not temporaries(tmp_path)
 
 
+@pytest.mark.slow
 def test_after_a_failure_the_rest_is_fetched(hub, forks, tmp_path):
     hub.manners[CLIMBMIX.format(1)] = iter(["404"])
     command = ("--data", "climbmix", "--num-shards", 2)
@@ -529,6 +533,7 @@ def test_documents_of_every_type_are_kept(mixed, passages):
     ]
 
 
+@pytest.mark.slow
 def test_token_files_hold_every_document_whole(mixed):
     """As the slow way makes them: encoded one by one, cut where a row is full."""
     prepared = active(mixed)
@@ -611,6 +616,7 @@ def test_the_split_depends_on_a_document_alone(passages):
     assert other & set(passages) == split
 
 
+@pytest.mark.slow
 def test_a_changed_folder_is_built_again(small, tmp_path):
     """And one that has not changed is not."""
     source = Path(shutil.copytree(small, tmp_path / "own"))
@@ -683,6 +689,7 @@ def test_a_small_corpus_is_mended_by_more_text(passages, few, tmp_path):
     active(cache)
 
 
+@pytest.mark.slow
 def test_python_sources_become_distinct_pieces(forks, corpus, tmp_path):
     """In an order of their own, so that their files' names do not matter; once built they are frozen."""
     root = tmp_path / "lib"
@@ -821,10 +828,10 @@ ENDS = {
         r"File too large.*(room|space)",
     ),
 }
-SLOW_ENDS = [pytest.param(end, marks=() if end == "killed" else pytest.mark.slow) for end in ENDS]
 
 
-@pytest.mark.parametrize("end", SLOW_ENDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
 def test_ended_after_each_file_it_comes_to_the_same(end, own, hub, forks, tmp_path):
     """Every run completes one more file, then it ends; another corpus stays active until all is done."""
     action, returncode, expected = ENDS[end]
@@ -919,6 +926,7 @@ def test_a_second_prepare_of_a_corpus_is_refused(hub, forks, tmp_path):
     assert not temporaries(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_folders_of_one_name_side_by_side(forks, small, few, tmp_path):
     cache = tmp_path / "cache"
     other = jsonl(tmp_path / "other" / small.name, few[:-50])

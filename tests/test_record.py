@@ -105,6 +105,7 @@ def test_a_results_tsv_that_cannot_be_written_stops_a_run(begun):
     assert lab.record() == before
 
 
+@pytest.mark.slow
 def test_results_tsv_may_become_unwritable_during_a_run(begun):
     lab = begun
     lab.edit(BETTER)
@@ -328,15 +329,15 @@ def files(lab: Lab) -> list[str]:
 EVERY_WAY = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="needs /proc to find the processes of a run")
 @pytest.mark.parametrize(
     "count, signals",
     [
-        (3, [signal.SIGKILL]),
-        pytest.param(20, [signal.SIGKILL], marks=pytest.mark.slow),
-        pytest.param(30, EVERY_WAY, marks=pytest.mark.slow),
+        (20, [signal.SIGKILL]),
+        (30, EVERY_WAY),
     ],
-    ids=["3 kills", "20 kills", "30 signals"],
+    ids=["20 kills", "30 signals"],
 )
 def test_ended_at_random_moments(begun, count, signals):
     lab = begun
@@ -381,6 +382,7 @@ def test_ended_at_random_moments(begun, count, signals):
     assert (lab.state(), files(lab)) == (state, known_files), story
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at, is_recorded", [pytest.param("    with Experiment(", False, marks=pytest.mark.slow), (LAST, True)]
 )

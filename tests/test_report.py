@@ -117,13 +117,14 @@ def cherry_pick(lab: Lab) -> None:
     lab.git("cherry-pick", "night")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rewrite",
     [
         squash,
-        pytest.param(amend, marks=pytest.mark.slow),
-        pytest.param(rebase, marks=pytest.mark.slow),
-        pytest.param(cherry_pick, marks=pytest.mark.slow),
+        amend,
+        rebase,
+        cherry_pick,
     ],
     ids=lambda rewrite: rewrite.__name__,
 )
@@ -208,6 +209,7 @@ def test_branches_can_be_compared(tmp_path, cache):
     ]
 
 
+@pytest.mark.slow
 def test_a_branch_gains_only_where_scores_compare(tmp_path, cache):
     lab = Lab.create(tmp_path / "night")
     runs = [
@@ -221,6 +223,7 @@ def test_a_branch_gains_only_where_scores_compare(tmp_path, cache):
     assert "1.200000 -> 1.100000" in outcome.output
 
 
+@pytest.mark.slow
 def test_what_another_branch_kept_is_not_pending(tmp_path, cache):
     lab = Lab.create(tmp_path / "night")
     first = keep(1, 1.2, "main")
@@ -231,6 +234,7 @@ def test_what_another_branch_kept_is_not_pending(tmp_path, cache):
     assert [line.split(maxsplit=3)[3] for line in pending] == ["keep: idea 3"]
 
 
+@pytest.mark.slow
 def test_the_report_fits_on_a_screen(tmp_path, cache):
     lab = Lab.create(tmp_path / "night")
     merged = [keep(number, 1.3 - number / 1000, "main") for number in range(30)]

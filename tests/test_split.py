@@ -46,7 +46,9 @@ FILES = 300
 CHARS = 9000
 
 
-@pytest.mark.parametrize("kind", [".txt", ".md", "python"])
+@pytest.mark.parametrize(
+    "kind", [".txt", *(pytest.param(it, marks=pytest.mark.slow) for it in (".md", "python"))]
+)
 def test_nothing_of_a_scored_file_is_trained_on(kind, pool, tmp_path):
     """A file goes one way, with all of its pieces, and no file gets lost."""
     source = tmp_path / "source"
@@ -135,6 +137,7 @@ def where(*pieces: str) -> str:
     return next(prepare.split_sources([list(pieces)]))[0]
 
 
+@pytest.mark.slow
 def test_a_growing_folder_moves_no_document(pool, tmp_path):
     source = write_tagged(tmp_path / "own", pool, range(60), 20_000)
     rows = [tagged(pool, number, 600) for number in range(1000, 1400)]

@@ -189,7 +189,7 @@ def test_each_config_makes_a_step(fake, name):
     for param in params:
         param.grad = torch.empty_like(param)
     optimizer.numbers = train.scalar_tensors  # as when compiled: the rates are the one thing on the CPU
-    optimizer.step(lr_frac=1.0, momentum=0.9, matrix_weight_decay=0.1)
+    optimizer.step(lr_frac=1.0, momentum=0.9, weight_decay=0.1)
     adamw = itertools.chain(*(state.values() for state in optimizer.adamw.state.values()))
     state = [
         *optimizer.momentum_buffers,
@@ -461,7 +461,7 @@ def test_sparse_and_dense_gradients_make_equal_steps():
         for _ in range(3):
             accumulate_gradients(model, iter([next(batches(4, seed=0)), next(batches(4, seed=1))]), 2)
             assert model.ngrams.table.weight.grad.is_sparse == model.ngrams.table.sparse
-            optimizer.step(lr_frac=0.01, momentum=0.85, matrix_weight_decay=0.0)
+            optimizer.step(lr_frac=0.01, momentum=0.85, weight_decay=0.0)
             model.zero_grad()
     got, want = (model.ngrams.table.weight for model in models)
     assert models[0].ngrams.table.sparse and got.count_nonzero() > 0
@@ -564,7 +564,7 @@ def test_a_step_moves_every_parameter_by_its_rate():
     optimizer = optimizer_of(model)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     accumulate_gradients(model, batches(8), 1)
-    optimizer.step(lr_frac=0.5, momentum=0.85, matrix_weight_decay=0.0)
+    optimizer.step(lr_frac=0.5, momentum=0.85, weight_decay=0.0)
     moves = {name: param.detach() - before[name] for name, param in model.named_parameters()}
     largest = {name: move.abs().max().item() for name, move in moves.items()}
     assert all(largest.values()), largest
@@ -722,6 +722,7 @@ def test_out_of_memory_halves_the_micro_batch(capsys):
     assert out.splitlines() == ["out of memory with 8 rows, trying 4", "out of memory with 4 rows, trying 2"]
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_one_row_names_a_remedy():
     model = Hungry(room=0)
     optimizer = optimizer_of(model)
@@ -866,6 +867,7 @@ SEEDS = """
 """
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_agree(cache, tmp_path):
     # in one process, to load torch's optimizers once
     done = run_script(edited(tmp_path / "lab", steps=7, main=SEEDS), "train.py")

@@ -98,9 +98,8 @@ OLD_MIXES = [mix for mix in MIXES if mix != "early night"]
 QUICK = ("null night", "small gains", "wide")
 
 
-@pytest.mark.parametrize(
-    "mix", [mix if mix in QUICK else pytest.param(mix, marks=pytest.mark.slow) for mix in OLD_MIXES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", [mix if mix in QUICK else mix for mix in OLD_MIXES])
 def test_a_night_keeps_less_that_is_worthless(mix):
     here = mean_night(ours, 1, MIXES[mix])
     there = mean_night(whatever_improved, 1, MIXES[mix])

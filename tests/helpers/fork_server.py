@@ -121,6 +121,8 @@ class Server:
             request = Request(**json.loads(text))
         except ValueError:  # the client was killed
             connection.close()
+            for file in files:  # whoever reads its output would wait for their end
+                os.close(file)
             return None
         pid = os.fork()
         if pid == 0:
