@@ -339,6 +339,13 @@ def print_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def leave(code: int) -> None:
+    """End this process without its threads: one may be downloading, torch's can abort a normal exit."""
+    with contextlib.suppress(OSError, AttributeError):  # nobody may be there to read it
+        sys.stdout.flush()
+    os._exit(code)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep large buffers for the next step: 28,000 page faults less in each step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -2534,7 +2541,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    with contextlib.suppress(OSError, AttributeError):  # nobody may be there to read it
-        sys.stdout.flush()
-    os._exit(code)  # after an error a thread may still wait for the network
+    leave(main())

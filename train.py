@@ -11,7 +11,6 @@ import functools
 import gc
 import itertools
 import math
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -690,6 +689,4 @@ def choose_attention(config: Config, device: torch.device, dtype: torch.dtype, s
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    sys.stdout.flush()
-    os._exit(exit_code)  # torch's threads can abort a normal exit
+    prepare.leave(main())

@@ -2,11 +2,12 @@
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.lab import Lab
+from helpers.lab import ROOT, Lab
 from helpers.machine import NO_STDOUT, NOBODY, block, nobody, on_machine
 from helpers.own import error_line, ready
 from helpers.records import write_night
@@ -114,6 +115,8 @@ def test_closed_streams_of_real_processes(corpus, tmp_path):
         (lab.folder / "progress.png").unlink()
     found = [(row["status"], row["description"]) for row in lab.rows()]
     assert found == [("keep", "with >&-"), ("baseline", "with >&- 2>&- <&-")]
+    shutil.copy(ROOT / "train.py", lab.folder)
+    lab.sh('"$PYTHON" train.py >&-', timeout=120, **env)
 
 
 @pytest.mark.slow
