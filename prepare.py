@@ -2447,8 +2447,11 @@ def print_branches(runs: list[Run]) -> None:
         branches[run.branch].append(run)
     for branch, own in list(branches.items())[-8:]:
         kept = [run for run in own if run.status == "keep"]
+        groups = comparable(runs, own[-1].fingerprint)
         alike = [run for run in own if run.fingerprint == own[-1].fingerprint]
-        levels = scores([run for run in alike if run.status == "keep"])
+        levels = [
+            mean(scores(groups[run.code])) for run in alike if run.status == "keep" and run.code in groups
+        ]
         hours = max(sum(run.seconds for run in alike) / 3600, 1e-3)
         gain = f", {(levels[0] - min(levels)) / hours:.4f} bpb an hour" if levels else ""
         print(f"branch {branch or '-'}: {len(own)} runs, {len(kept)} kept{gain}")

@@ -77,6 +77,10 @@ def test_the_report_of_a_real_night(begun):
     outcome = lab.report()
     assert "pending" not in outcome.output
     assert "2 kept, 2 dropped or repeated, 0 without a score" in outcome.output
+    values = [float(row["val_bpb"]) for row in lab.rows()]
+    hours = max(sum(float(row["seconds"]) for row in lab.rows()) / 3600, 1e-3)
+    pace = (mean - (values[2] + values[3]) / 2) / hours
+    assert f"branch main: 4 runs, 2 kept, {pace:.4f} bpb an hour\n" in outcome.output, "of the means of seeds"
 
 
 @pytest.fixture(scope="module")
