@@ -925,7 +925,7 @@ def test_import_is_silent_and_touches_nothing(tmp_path):
 
 
 RESOURCES = """
-        import threading
+        import os, threading
         from pathlib import Path
         memory = Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
