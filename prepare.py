@@ -137,7 +137,7 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-SHARDS = "shards-2"  # folder of shards that are built here; those of the first format were split by piece
+SHARDS = "shards-2"  # folder of shards that are built here; in format 1 a file could be in both splits
 # version and scale of a prepared folder
 LAYOUT = [2, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 
@@ -150,7 +150,7 @@ SHARD_DOCUMENTS = 2**14  # documents of a shard that is built here, at most
 SHARD_BYTES = 64_000_000  # of the texts of such a shard, about
 VALIDATION_FRACTION = 0.05  # of the sources of a corpus that comes without a split
 VALIDATION_BYTES = max(8 * EVAL_TOKENS, 64_000_000)  # of validation documents, at most
-LONG_FILE = 64_000  # characters; a longer file is several sources
+LONG_FILE = 64_000  # characters (of .txt and .md bytes); a longer file is several sources
 BLOCK = 16_000  # characters of such a source
 PIECE = 8 * MAX_SEQ_LEN  # characters of a piece of a text file, at least
 OWN_TYPES = (".parquet", ".jsonl", ".txt", ".md")
@@ -169,7 +169,7 @@ PACKING_REFILL = 128  # appended at once when fewer are held
 MIN_VALIDATION_ROWS = 64
 
 LOGITS_BYTES = 2**31  # of float32 logits that the metric asks for at once
-PROBES = 256  # (row, cut) pairs at least: with fewer, a leak that opens after a rare token goes unseen
+PROBES = 256  # (row, cut) pairs at least: so many reach rare tokens, too, which a leak may open after
 TOLERANCE = 0.005  # nats that the future may move a loss by
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
@@ -496,7 +496,8 @@ def altered(path: Path) -> AutoresearchError:
 # == Corpora =================================================================================================
 # A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files with a column
 # `text`. To add one, write such a function, name it in CORPORA and commit: an experiment refuses a prepare.py
-# that is not committed. Scores from before do not compare with later ones.
+# that is not committed. Scores from before do not compare with later ones. Who changes such a function later
+# deletes the corpus's folder in the cache.
 
 Shards = dict[str, list[Path]]
 
@@ -1321,7 +1322,7 @@ class Clock:
             next_seconds = min(last_seconds, second_last_seconds)
             elapsed = now - self.started_s
             if is_cuda and step > 2:
-                elapsed += next_seconds  # of the step that is queued
+                elapsed += next_seconds  # `now` is the end of the step before the last, which still runs
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -1973,7 +1974,7 @@ class Notebook:
     def can_be_judged(self, runs: list[Run]) -> bool:
         """Whether HEAD's train.py has a score.
 
-        Where no earlier commit has one either: also if HEAD's was tried and failed, or is what runs now.
+        If no earlier commit has one either, it need not: if it was run and failed, or if it is what runs now.
         """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
