@@ -30,7 +30,7 @@ from prepare import MAX_SEQ_LEN, SCALE, VOCAB_SIZE, AutoresearchError, Experimen
 
 @dataclass(frozen=True)
 class Config:
-    """Every number worth tuning. Defaults: the best published night's (0.9697), or a comment says else."""
+    """Every number worth tuning. Defaults are those of the best published run (0.9697), unless marked."""
 
     # model
     depth: int = 9  # layers L
@@ -243,7 +243,7 @@ class NgramEmbedding(nn.Module):
         self.length = length
         # not nn.Embedding(rows, width), which would draw a gigabyte of random numbers
         self.table = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-        self.table.sparse = self.table.weight.is_cpu  # its gradient, since a batch touches few rows
+        self.table.sparse = self.table.weight.is_cpu  # its gradient: a batch touches few of the rows
 
     def forward(self, idx_BT: Tensor) -> Tensor:
         key_BT = idx_BT
@@ -279,7 +279,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set every parameter: the warm-up has changed them. Writers to the residual stream start at 0."""
+        """Set every parameter, also once more after warm_up(). Writers to the residual stream start at 0."""
         s = self.config.init_scale * math.sqrt(3 / self.config.n_embd)  # U(-s, s): deviation scale / sqrt(D)
         nn.init.normal_(self.wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
