@@ -1322,7 +1322,7 @@ class Clock:
             next_seconds = min(last_seconds, second_last_seconds)
             elapsed = now - self.started_s
             if is_cuda and step > 2:
-                elapsed += next_seconds  # `now` is the end of the step before the last, which still runs
+                elapsed += next_seconds  # `now` is when the last step but one ended; the last one still runs
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -1972,9 +1972,10 @@ class Notebook:
         return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
 
     def can_be_judged(self, runs: list[Run]) -> bool:
-        """Whether HEAD's train.py has a score.
+        """Whether this run can be judged.
 
-        If no earlier commit has one either, it need not: if it was run and failed, or if it is what runs now.
+        It can if HEAD's train.py has a score; where no earlier one has a score either, also if HEAD's was run
+        and failed, or is what runs now.
         """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
