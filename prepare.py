@@ -150,8 +150,8 @@ SHARD_DOCUMENTS = 2**14  # documents of a shard that is built here, at most
 SHARD_BYTES = 64_000_000  # of the texts of such a shard, about
 VALIDATION_FRACTION = 0.05  # of the sources of a corpus that comes without a split
 VALIDATION_BYTES = max(8 * EVAL_TOKENS, 64_000_000)  # of validation documents, at most
-LONG_FILE = 64_000  # characters (of .txt and .md bytes); a longer file is several sources
-BLOCK = 16_000  # characters of such a source
+LONG_FILE = 64_000  # characters, or bytes of a .txt or .md; a longer file counts as several files
+BLOCK = 16_000  # characters of each of these
 PIECE = 8 * MAX_SEQ_LEN  # characters of a piece of a text file, at least
 OWN_TYPES = (".parquet", ".jsonl", ".txt", ".md")
 
@@ -169,7 +169,7 @@ PACKING_REFILL = 128  # appended at once when fewer are held
 MIN_VALIDATION_ROWS = 64
 
 LOGITS_BYTES = 2**31  # of float32 logits that the metric asks for at once
-PROBES = 256  # (row, cut) pairs at least: so many reach rare tokens, too, which a leak may open after
+PROBES = 256  # (row, cut) pairs that are asked again, at least
 TOLERANCE = 0.005  # nats that the future may move a loss by
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
@@ -496,8 +496,8 @@ def altered(path: Path) -> AutoresearchError:
 # == Corpora =================================================================================================
 # A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files with a column
 # `text`. To add one, write such a function, name it in CORPORA and commit: an experiment refuses a prepare.py
-# that is not committed. Scores from before do not compare with later ones. Who changes such a function later
-# deletes the corpus's folder in the cache.
+# that is not committed. Scores from before do not compare with later ones. If you change such a function
+# later, delete the corpus's folder in the cache.
 
 Shards = dict[str, list[Path]]
 
@@ -619,7 +619,7 @@ def python(folder: Path, options: Options) -> Shards:
                 text = path.read_text("utf-8")
                 yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
-    # infinity, not None: with None sample() would hand on every copy of a piece
+    # with a limit, even an infinite one, sample() leaves out copies
     return build_shards(folder / SHARDS, sample(split_sources(sources()), TRAIN_BYTES or math.inf))
 
 
@@ -832,7 +832,8 @@ def split_sources(sources: Iterable[list[str]]) -> Iterator[tuple[str, str]]:
 def sample(documents: Iterable[tuple[str, str]], train_bytes: float | None) -> Iterator[tuple[str, str]]:
     """Up to VALIDATION_BYTES of validation documents, in the order of their hashes, and training documents.
 
-    With `train_bytes` the latter are a sample of that size, in that order too; otherwise all, as they come.
+    With `train_bytes` the latter are a sample of that size, each document once, in that order too; otherwise
+    all, as they come.
     """
     validation = Sample(VALIDATION_BYTES)
     training = Sample(train_bytes or 0)
@@ -929,7 +930,8 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        # int64 (V,), number of raw bytes of each token; decoded, a lone byte >= 0x80 would count 3 (U+FFFD)
+        # int64 (V,), bytes of each token. Those of its decoded text would be wrong: a lone byte >= 0x80 is
+        # decoded to U+FFFD, which has 3.
         self.token_bytes = torch.tensor([len(token) for token in ranks] + [0] * len(special))
 
     @classmethod
@@ -1032,7 +1034,7 @@ def tokenize(
 
 
 def documents(paths: list[Path], bos: int, epochs: Iterable[int]) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens, epoch) of every document, uint16 views of the mapped files: only its first token is BOS."""
+    """(tokens, epoch) of every document. The tokens are uint16 views of a mapped file; the first is BOS."""
     shards = [np.asarray(np.memmap(path, "<u2", "r")) for path in paths if path.stat().st_size]
     for epoch in epochs:
         for tokens in shards:
@@ -1321,8 +1323,8 @@ class Clock:
             # one does not end the run. Until two steps are done it is 0, since the first one may be special.
             next_seconds = min(last_seconds, second_last_seconds)
             elapsed = now - self.started_s
-            if is_cuda and step > 2:
-                elapsed += next_seconds  # `now` is when the last step but one ended; the last one still runs
+            if is_cuda and step > 2:  # the last step still runs; `now` is when the one before it ended
+                elapsed += next_seconds
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -1433,7 +1435,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     first = next(parameters, None)
     device = default_device() if first is None else first.device
     rows = torch.from_numpy(tokenizer.data.rows.astype(np.int64)).to(device)
-    # at most half of the rows, so that RowChooser has at least two rows for each place of a batch
+    # at most half of the rows, so that a probe can choose between two rows or more
     batch = min(batch_size, LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)
     was_training = getattr(model, "training", False)
     if was_training:
@@ -1557,7 +1559,8 @@ def probe_cuts(rng: np.random.Generator) -> np.ndarray:
 class RowChooser:
     """Chooses the row of a probe, so that the token before the cut is a common one that was not probed yet.
 
-    A leak may open after one particular token only, and after a common one it would move the score most.
+    A leak may open after one particular token only. After a common one it would move the score most, so
+    common ones come first; PROBES is large enough to reach rare ones, too.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, rng: np.random.Generator):
@@ -1965,17 +1968,17 @@ class Notebook:
         ratio = mean(run.steps for run in mine) / max(1, mean(run.steps for run in theirs))
         if ratio and not 0.95 <= ratio <= 1.05:
             again = from_here("uv run train.py baseline")
-            doubt = "if the idea costs no time, the machine changed its speed"
-            reason += f"\n{ratio:.2f} times the steps: {doubt}"
+            doubt = "unless the idea takes or saves time, the machine changed its speed"
+            reason += f"\n{ratio:.2f} times as many steps as HEAD's train.py: {doubt}"
             reason += f"; when this idea is decided, measure the branch again: {again}"
         seeds = "2 seeds" if len(mine) == 2 else "1 seed"
         return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
 
     def can_be_judged(self, runs: list[Run]) -> bool:
-        """Whether this run can be judged.
+        """Whether there is something to judge this run by: as a rule, a score of HEAD's train.py.
 
-        It can if HEAD's train.py has a score; where no earlier one has a score either, also if HEAD's was run
-        and failed, or is what runs now.
+        On a branch without any score a run can be judged in two cases: it runs HEAD's train.py itself, or
+        HEAD's train.py was run before and failed, so that any score is better.
         """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
@@ -1988,9 +1991,9 @@ class Notebook:
         return self.is_baseline
 
     def measured_ancestor(self, runs: list[Run]) -> str:
-        """The newest commit with a score, if HEAD's train.py was committed without one; otherwise ""."""
-        was_recorded = any(run.code == self.incumbent and run.has_score for run in runs)
-        if was_recorded:  # it has a score, but on another corpus, with another budget or the like
+        """If HEAD was committed by hand, the newest commit before it that has a score; otherwise ""."""
+        is_recorded = any(run.code == self.incumbent and run.has_score for run in runs)
+        if is_recorded:  # it was kept with a score of another corpus, another budget or the like
             return ""
         measured = comparable(runs, self.run.fingerprint)
         return next((commit for commit, code in history().items() if code in measured), "")
@@ -2343,7 +2346,7 @@ def seed_from_environment() -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"\d{1,9}", text):
-        raise AutoresearchError(f"SEED is {text!r}, not a whole number; unset it")
+        raise AutoresearchError(f"SEED is {text!r}, not 1 to 9 digits; unset it")
     return int(text)
 
 
@@ -2515,7 +2518,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     print_any_text()
     parser = Parser(prog="prepare.py", description="Prepare a corpus for train.py, once.")
-    corpora = "climbmix, tinystories, python or a folder of .parquet, .jsonl, .txt, .md"
+    corpora = f"{', '.join(CORPORA)} or a folder of {', '.join(OWN_TYPES)}"
     parser.add_argument("--data", default=DEFAULT_CORPUS, help=f"{corpora} (default here: %(default)s)")
     parser.add_argument("--report", action="store_true", help="show how the night went and draw progress.png")
     parser.add_argument("--num-shards", type=int, help="training shards of climbmix (default: 10)")

@@ -42,11 +42,11 @@ class Config:
     mlp_ratio: int = 4  # hidden width of the MLP is this times D
     token_shift: bool = False  # ours: blocks also read the token before
     ngram_length: int = 2  # longest n-gram that has an embedding, 1 for none; as in nanochat
-    ngram_ratio: int = 5  # rows of their table, over V; as in nanochat
+    ngram_ratio: int = 5  # rows of their table for each token of V; as in nanochat
     value_every: int = 2  # one layer in this many has value embeddings, the last included
     gate_channels: int = 32  # channels of x that the gate of the value embeddings reads
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
-    init_scale: float = 0.68  # deviation * sqrt(D) of q, k, v, MLP input and value embeddings
+    init_scale: float = 0.68  # sqrt(D) * standard deviation of q, k, v, MLP input and value embeddings
     x0_init: float = 0.05  # weight, at first, of the embedding that is added before each layer
     # batch
     batch_tokens: int = 2**18  # tokens of an optimizer step
@@ -59,11 +59,11 @@ class Config:
     muon_ramp_steps: int = 200
     muon_beta2: float = 0.95  # of NorMuon's second moment
     # RMSProp by rows, for the n-grams
-    ngram_lr: float = 0.1  # ours, at D = 768
+    ngram_lr: float = 0.1  # ours; for D = 768, see by_width()
     ngram_beta2: float = 0.95  # ours
     # AdamW, for all else
-    embedding_lr: float = 0.9  # at D = 768; of token and value embeddings
-    head_lr: float = 0.005  # at D = 768
+    embedding_lr: float = 0.9  # for D = 768, too; of token and value embeddings
+    head_lr: float = 0.005  # for D = 768, too
     x0_lr: float = 0.5
     resid_lr: float = 0.005  # of the residual scalars, whose effects multiply
     shift_lr: float = 0.02  # ours
@@ -74,7 +74,7 @@ class Config:
     x0_betas: tuple[float, float] = (0.96, 0.95)
     adam_eps: float = 1e-10  # must stay far below the gradients
     # schedule, in fractions of the time budget
-    warmdown_frac: float = 0.75  # no warm-up: any hurt
+    warmdown_frac: float = 0.75  # there is no warm-up: each that was tried hurt
     final_lr_frac: float = 0.05  # of the peak learning rate
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class Config:
         if not self.windows or set(self.windows) - {"S", "L"}:
             raise ValueError(f"windows is {self.windows!r}; write an S or an L for each layer, such as SSSL")
         if not 1 <= self.ngram_length <= 5:
-            raise ValueError(f"ngram_length is {self.ngram_length}, not 1 to 5: 6 takes BASE**5 > 2**64")
+            raise ValueError(f"ngram_length is {self.ngram_length}, not 1 to 5; choose one of these")
 
     def by_width(self, lr: float) -> float:
         """Scale a rate given for D = 768: a wider model takes smaller steps."""
@@ -133,7 +133,7 @@ SMALL = replace(  # for T = 256 and two CPU cores, tuned on Python sources
     batch_tokens=2**13,  # beats 2^12; 2^14 is level
     micro_rows=32,
     eval_rows=8,
-    logit_softcap=0.0,  # a cap would cost a tenth of a step
+    logit_softcap=0.0,  # a cap would take a tenth of the time
 )
 MAC = replace(SMALL, ngram_ratio=64)  # on MPS the table's gradient is dense: 64 MiB in each step
 CONFIGS = {"FULL": FULL, "DESKTOP": DESKTOP, "SMALL": SMALL, "MAC": MAC}
@@ -236,14 +236,14 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # above V: keys of up to 4 tokens are unique; odd: they spread evenly over the rows
+    BASE = 36313  # larger than V, so that no two n-grams of up to 4 tokens have the same key
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
         self.length = length
         # not nn.Embedding(rows, width), which would draw a gigabyte of random numbers
         self.table = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-        self.table.sparse = self.table.weight.is_cpu  # its gradient: a batch touches few of the rows
+        self.table.sparse = self.table.weight.is_cpu  # a gradient of the batch's rows only, where torch can
 
     def forward(self, idx_BT: Tensor) -> Tensor:
         key_BT = idx_BT
@@ -494,6 +494,10 @@ def muon_momentum(step: int, config: Config) -> float:
     return first + (last - first) * min(1.0, step / config.muon_ramp_steps)
 
 
+def muon_weight_decay(progress: float, config: Config) -> float:
+    return config.matrix_weight_decay * (1 - progress)
+
+
 # == 5. Training ===============
 
 
@@ -538,7 +542,7 @@ def train(run: Experiment) -> None:
     for step, progress in run.steps():
         loss, epoch = accumulate_gradients(model, batches, micro_batches)
         lr_frac = learning_rate_frac(progress, config)
-        optimizer.step(lr_frac, muon_momentum(step, config), config.matrix_weight_decay * (1 - progress))
+        optimizer.step(lr_frac, muon_momentum(step, config), muon_weight_decay(progress, config))
         model.zero_grad()
         run.log(loss, config.batch_tokens, flops_per_token, lr_frac, epoch)
     prepare.evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))  # prepare.py keeps the score
@@ -563,7 +567,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast: CPUs need AMX or AVX512-BF16. On MPS causal masks failed in it."""
+    """bfloat16 where it is fast: CPUs need AMX or AVX512-BF16. Not on MPS, where it broke causal masks."""
     is_fast = False
     if device.type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -576,7 +580,7 @@ def warm_up(model: GPT, optimizer: MuonAdamW, rows: int, seed: int) -> None:
     """Compile and allocate all by two steps and an evaluation on random tokens; then start afresh."""
     config = model.config
     seq_len = len(model.cos)
-    micro_batches = min(2, config.micro_batches(rows, seq_len))  # the second adds to existing gradients
+    micro_batches = min(2, config.micro_batches(rows, seq_len))  # two, so that gradients are added up
     # the same tensor twice would be compiled as a special case
     inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, seq_len), device=model.cos.device)
     try:
@@ -682,7 +686,7 @@ def choose_attention(config: Config, device: torch.device, dtype: torch.dtype, s
             qkv = torch.randn(3, 1, seq_len, 2, config.head_dim, device=device, dtype=dtype)
             check_agreement(attend, qkv, config.short_window)
             return attend
-        except Exception as error:  # no network, no kernel for this torch, wrong numbers
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"FlashAttention-3 is not used ({reason}); FlexAttention is", flush=True)
     return flex_attention_for(seq_len, set(config.layer_windows(seq_len)), device)

@@ -122,7 +122,7 @@ def test_torch_is_seeded_by_the_harness(tokenizer, given, seed):
 def test_a_seed_that_is_no_number_is_refused(cache, capsys):
     with environment(SEED="lucky"), pytest.raises(SystemExit, match="^1$"):
         toy().__enter__()
-    assert only_line(capsys.readouterr().err) == "error: SEED is 'lucky', not a whole number; unset it\n"
+    assert only_line(capsys.readouterr().err) == "error: SEED is 'lucky', not 1 to 9 digits; unset it\n"
 
 
 def test_reseeding_is_invalid(begun, clock):

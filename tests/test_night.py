@@ -217,23 +217,37 @@ def test_a_work_tree_as_program_md_says(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["the agent ends", "the time is over"])
 def test_a_cluster_job_as_the_readme_says(end, cache, tmp_path: Path):
-    """The job script, with a stand-in agent that makes one run; what it found is at the origin then."""
+    """The job script, with a stand-in for claude that makes one run; what it found is at the origin then."""
     lab = Lab.create(tmp_path / "prepared")
     origin = tmp_path / "origin.git"
     lab.sh(f"git clone -q --bare . {origin} && git remote add origin {origin}")
     job = tmp_path / "night.sbatch"
     job.write_text(re.search(r"```bash\n(#!/bin/bash\n#SBATCH .*?)```", README, re.S)[1])
-    agent = tmp_path / "agent.sh"
+    agent = tmp_path / "bin" / "claude"
     ready = tmp_path / "ready"
-    follow = "uv run train.py baseline > run.log; eval \"$(sed -n 's/.* next: //p' run.log)\""
-    agent.write_text(f"{follow}; touch {ready}; exec sleep {0 if end == 'the agent ends' else 600}\n")
-    env = lab.env | {"AGENT": f"bash {agent}", "SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path)}
+    lines = [
+        "#!/bin/bash",
+        '[ "$1" = -p ] && [ -f "$3" ] || exit',
+        "uv run train.py baseline > run.log",
+        "eval \"$(sed -n 's/.* next: //p' run.log)\"",
+        f'echo "$2 $UV_PROJECT_ENVIRONMENT" > {ready}',
+        f"exec sleep {0 if end == 'the agent ends' else 600}",
+    ]
+    agent.parent.mkdir()
+    agent.write_text("\n".join(lines))
+    agent.chmod(0o755)
+    settings = lab.folder / ".claude" / "settings.local.json"
+    settings.parent.mkdir()
+    settings.write_text("{}")
+    path = f"{agent.parent}{os.pathsep}{lab.env['PATH']}"
+    env = lab.env | {"PATH": path, "SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(["bash", str(job)], cwd=lab.folder, env=env, stdout=subprocess.PIPE)
-    wait_for(ready.exists)
+    wait_for(lambda: ready.exists() and ready.read_text())
     if end == "the time is over":
         process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0].decode()
     assert re.search(r"\tkeep\tbaseline\t", output), output
+    assert ready.read_text().split() == ["--settings", f"{lab.folder}/.venv"]
     refs = subprocess.run(
         ["git", "-C", origin, "for-each-ref"], capture_output=True, check=True
     ).stdout.decode()

@@ -195,7 +195,7 @@ def test_maybe_repeats_whatever_the_description(begun):
     assert first["description"] == second["description"] == clean
     assert (first["seed"], second["seed"]) == ("42", "43") and first["code"] == second["code"]
     assert outcome.compared() == (shown([first, second]), shown(lab.rows()[:2]))
-    assert "times the steps" not in outcome.output
+    assert "times as many steps" not in outcome.output
 
     baselines = [float(row["val_bpb"]) for row in lab.rows()[:2]]
     candidates = [float(first["val_bpb"]), float(second["val_bpb"])]
@@ -579,12 +579,12 @@ def test_who_took_fewer_steps_is_told_what_to_do(begun):
     lab.edit(WORSE)
     outcome = lab.run("fewer steps")
     assert outcome.compared() == (shown(lab.rows()[-1:]), shown(lab.rows()[:2]))
-    says = "0.50 times the steps: if the idea costs no time, .* when this idea is decided, .*: (uv run .*)"
+    says = "0.50 times as many steps .*: unless the idea takes or saves time, .* is decided, .*: (uv run .*)"
     again = re.fullmatch(says, outcome.output.splitlines()[-2])[1]
     lab.sh(outcome.next)
     outcome = lab.sh(again)
     assert (outcome.status, lab.rows()[-1]["seed"]) == ("baseline", "44")
-    assert "times the steps" not in outcome.output
+    assert "times as many steps" not in outcome.output
 
 
 @slow
@@ -596,7 +596,7 @@ def test_a_twentieth_of_the_steps_is_no_difference(begun, steps, is_told):
     lab.edit(WORSE, ("num_steps=STEPS", f"num_steps={steps}"))
     outcome = lab.run("an idea")
     assert outcome.compared()[1].endswith("(100 and 100 steps)")
-    assert (f"{steps / 100:.2f} times the steps: " in outcome.output) == is_told
+    assert (f"{steps / 100:.2f} times as many steps " in outcome.output) == is_told
 
 
 @pytest.mark.slow
@@ -614,7 +614,7 @@ def test_a_crash_finishes_no_seed(begun):
 def test_a_bad_seed_is_an_error(begun, seed):
     lab = begun
     bad = lab.run("x", SEED=seed)
-    assert (bad.code, bad.errors) == (1, f"error: SEED is {seed!r}, not a whole number; unset it\n")
+    assert (bad.code, bad.errors) == (1, f"error: SEED is {seed!r}, not 1 to 9 digits; unset it\n")
     assert len(lab.record()) == 3
 
 

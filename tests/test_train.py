@@ -950,3 +950,17 @@ def test_a_thousand_steps_leave_nothing_behind(cache, tmp_path):
     assert files.min() == files.max() > 0
     assert threads.min() == threads.max() > 0
     assert not children.any()
+
+
+@pytest.mark.slow
+def test_variants_of_the_config_make_a_table(cache):
+    variants = ["small: depth=1 n_embd=64 ngram_length=1", "odd: batch_tokens=1000 ngram_length=1"]
+    env = {"AUTORESEARCH_CACHE": cache, "AUTORESEARCH_BUDGET": "5"}
+    done = run("tests/gpu_variants.py", *variants, env=env)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["variant", *variants]
+    assert 1 < float(rows[1][1]) < 6 and int(rows[1][2]) > 10
+    assert set(rows[2][1:]) == {"-"} and "batch_tokens is 1,000, not a multiple" in done.stderr
+    assert done.returncode == 1
+    typo = run("tests/gpu_variants.py", variants[0], "typo: widht=64", env=env)
+    assert typo.returncode == 1 and "widht" in typo.stderr and typo.stdout == ""
