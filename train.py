@@ -46,7 +46,7 @@ class Config:
     value_every: int = 2  # one layer in this many has value embeddings, the last included
     gate_channels: int = 32  # channels of x that the gate of the value embeddings reads
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
-    init_scale: float = 0.68  # sqrt(D) * standard deviation of q, k, v, MLP input and value embeddings
+    init_scale: float = 0.68  # of the weights of q, k, v, MLP input and value embeddings: deviation * sqrt(D)
     x0_init: float = 0.05  # weight, at first, of the embedding that is added before each layer
     # batch
     batch_tokens: int = 2**18  # tokens of an optimizer step
@@ -236,14 +236,14 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # larger than V, so that no two n-grams of up to 4 tokens have the same key
+    BASE = 36313  # > V: the 64-bit keys of n-grams of up to 4 tokens are all different
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
         self.length = length
         # not nn.Embedding(rows, width), which would draw a gigabyte of random numbers
         self.table = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-        self.table.sparse = self.table.weight.is_cpu  # a gradient of the batch's rows only, where torch can
+        self.table.sparse = self.table.weight.is_cpu  # elsewhere gradients must be dense
 
     def forward(self, idx_BT: Tensor) -> Tensor:
         key_BT = idx_BT
@@ -279,7 +279,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set every parameter, also once more after warm_up(). Writers to the residual stream start at 0."""
+        """Set every parameter; warm_up() calls it again. Writers to the residual stream start at 0."""
         s = self.config.init_scale * math.sqrt(3 / self.config.n_embd)  # U(-s, s): deviation scale / sqrt(D)
         nn.init.normal_(self.wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
@@ -581,7 +581,7 @@ def warm_up(model: GPT, optimizer: MuonAdamW, rows: int, seed: int) -> None:
     config = model.config
     seq_len = len(model.cos)
     micro_batches = min(2, config.micro_batches(rows, seq_len))  # two, so that gradients are added up
-    # the same tensor twice would be compiled as a special case
+    # two tensors: one for both would be compiled as a special case
     inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, seq_len), device=model.cos.device)
     try:
         for _ in range(2):
