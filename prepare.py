@@ -150,8 +150,8 @@ SHARD_DOCUMENTS = 2**14  # documents of a shard that is built here, at most
 SHARD_BYTES = 64_000_000  # of the texts of such a shard, about
 VALIDATION_FRACTION = 0.05  # of the sources of a corpus that comes without a split
 VALIDATION_BYTES = max(8 * EVAL_TOKENS, 64_000_000)  # of validation documents, at most
-LONG_FILE = 64_000  # characters, or bytes of a .txt or .md; a longer file counts as several files
-BLOCK = 16_000  # characters of each of these
+LONG_FILE = 64_000  # characters, or bytes of a .txt or .md; a longer file is divided into blocks
+BLOCK = 16_000  # characters of a block, which goes to one split like a file
 PIECE = 8 * MAX_SEQ_LEN  # characters of a piece of a text file, at least
 OWN_TYPES = (".parquet", ".jsonl", ".txt", ".md")
 
@@ -619,8 +619,8 @@ def python(folder: Path, options: Options) -> Shards:
                 text = path.read_text("utf-8")
                 yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
-    # with a limit, even an infinite one, sample() leaves out copies
-    return build_shards(folder / SHARDS, sample(split_sources(sources()), TRAIN_BYTES or math.inf))
+    train_bytes = TRAIN_BYTES or math.inf  # at the larger scales all pieces, but each once
+    return build_shards(folder / SHARDS, sample(split_sources(sources()), train_bytes))
 
 
 def python_files() -> Iterator[Path]:
@@ -1317,14 +1317,14 @@ class Clock:
         last_seconds = 0.0
         second_last_seconds = 0.0
         self.synchronize()
-        now = self.started_s = time.perf_counter()
+        seen_s = self.started_s = time.perf_counter()  # the newest end of a step that the host has seen
         for step in itertools.count():
             # The next step is expected to take as long as the shorter of the last two, so that a single slow
             # one does not end the run. Until two steps are done it is 0, since the first one may be special.
             next_seconds = min(last_seconds, second_last_seconds)
-            elapsed = now - self.started_s
-            if is_cuda and step > 2:  # the last step still runs; `now` is when the one before it ended
-                elapsed += next_seconds
+            elapsed = seen_s - self.started_s
+            if is_cuda and step > 2:
+                elapsed += next_seconds  # for the last step, which still runs
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -1335,10 +1335,10 @@ class Clock:
                     last_step_done.synchronize()
             else:
                 self.synchronize()
-            before = now
-            now = time.perf_counter()
+            seen_before_s = seen_s
+            seen_s = time.perf_counter()
             second_last_seconds = last_seconds
-            last_seconds = now - before
+            last_seconds = seen_s - seen_before_s
 
     def require_running(self) -> None:
         """Raise AutoresearchError if an Experiment has begun and its clock has not started."""
@@ -1435,7 +1435,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     first = next(parameters, None)
     device = default_device() if first is None else first.device
     rows = torch.from_numpy(tokenizer.data.rows.astype(np.int64)).to(device)
-    # at most half of the rows, so that a probe can choose between two rows or more
+    # at most half of the rows: RowChooser chooses between rows of different batches
     batch = min(batch_size, LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)
     was_training = getattr(model, "training", False)
     if was_training:
@@ -1522,9 +1522,9 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
     """Raise MetricError if the future, or another row, moves a loss by more than `allowed` nat.
 
     A row is asked again among other rows, and its inputs from position `cut` on are those of another row.
-    The losses of its own targets at positions 0 .. cut-1 must not move. The target at cut-1 is the token at
-    `cut`, the first one that was replaced: a model that sees one token ahead shows it only there. The row
-    keeps its place in the batch, because kernels may round differently in another one.
+    The losses of its own targets at positions 0 .. cut-1 must not move. The last of these targets is the
+    token at `cut`, which the inputs no longer hold: a model that sees one token ahead is found out only
+    there. The row keeps its place in the batch, because kernels may round differently in another one.
     """
     T = MAX_SEQ_LEN
     rng = np.random.default_rng(0)
@@ -1570,7 +1570,7 @@ class RowChooser:
         self.worth = np.bincount(tokens.ravel(), minlength=VOCAB_SIZE).astype(float)
 
     def __call__(self, place: int, cut: int) -> int:
-        """One of the rows that had this place of a batch when they were scored."""
+        """The row for a probe at this place of its batch; when it was scored, it had the same place."""
         candidates = place + self.batch * self.rng.permutation(len(self.tokens) // self.batch)
         before_cut = self.tokens[candidates, cut - 1]
         best = self.worth[before_cut].argmax()
@@ -1977,8 +1977,8 @@ class Notebook:
     def can_be_judged(self, runs: list[Run]) -> bool:
         """Whether there is something to judge this run by: as a rule, a score of HEAD's train.py.
 
-        On a branch without any score a run can be judged in two cases: it runs HEAD's train.py itself, or
-        HEAD's train.py was run before and failed, so that any score is better.
+        Where no commit of the branch has a score that compares, a run can be judged in two cases: it runs
+        HEAD's train.py itself, or HEAD's train.py was run before and failed, so that any score is better.
         """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
@@ -1991,9 +1991,9 @@ class Notebook:
         return self.is_baseline
 
     def measured_ancestor(self, runs: list[Run]) -> str:
-        """If HEAD was committed by hand, the newest commit before it that has a score; otherwise ""."""
-        is_recorded = any(run.code == self.incumbent and run.has_score for run in runs)
-        if is_recorded:  # it was kept with a score of another corpus, another budget or the like
+        """If HEAD was committed by hand, the newest commit before it with a score that compares; else ""."""
+        incumbents = [run for run in runs if run.code == self.incumbent and run.status != "reproduced"]
+        if any(run.has_score for run in incumbents):  # on another corpus, with another budget or the like
             return ""
         measured = comparable(runs, self.run.fingerprint)
         return next((commit for commit, code in history().items() if code in measured), "")

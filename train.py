@@ -236,14 +236,14 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # > V: the 64-bit keys of n-grams of up to 4 tokens are all different
+    BASE = 36313  # odd and > V: n-grams of one length, up to 4 tokens, have different keys
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
         self.length = length
         # not nn.Embedding(rows, width), which would draw a gigabyte of random numbers
         self.table = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-        self.table.sparse = self.table.weight.is_cpu  # elsewhere gradients must be dense
+        self.table.sparse = self.table.weight.is_cpu  # on MPS and for compiled code gradients are dense
 
     def forward(self, idx_BT: Tensor) -> Tensor:
         key_BT = idx_BT

@@ -30,7 +30,9 @@ def config_name() -> str:
 
 def config_of(variant: str) -> train.Config:
     """The Config of a variant; TypeError or ValueError if there is none like that."""
-    _, _, pairs = variant.partition(":")
+    _, colon, pairs = variant.partition(":")
+    if not colon:
+        raise ValueError(f"{variant!r} has no colon after its name")
     fields = {}
     for pair in pairs.split():
         field, _, value = pair.partition("=")

@@ -574,6 +574,17 @@ def test_what_was_committed_by_hand_is_given_back(begun, edited):
 
 
 @pytest.mark.slow
+def test_a_chosen_seed_hides_no_commit_by_hand(begun):
+    lab = begun
+    measured = lab.git("rev-parse", "--short", "HEAD")
+    lab.edit(OTHER)
+    lab.git("commit", "-qam", "by hand")
+    assert lab.run("an idea", SEED="7").status == "reproduced"
+    outcome = lab.run("an idea")
+    assert (outcome.status, outcome.next) == ("unjudged", f"git reset --soft {measured}")
+
+
+@pytest.mark.slow
 def test_who_took_fewer_steps_is_told_what_to_do(begun):
     lab = begun
     lab.edit(WORSE)
