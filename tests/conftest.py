@@ -33,16 +33,27 @@ def run(
 
 
 def write_corpus(folder: Path, megabytes: float = 1.5) -> Path:
-    """Real text in plain files: sources of the standard library, in the order of their names."""
+    """Real text in plain files: sources of the standard library, in parts of 4,000 characters.
+
+    Which parts are validation depends on their content, hence on the version of Python; there are as many as
+    it takes to have enough of it.
+    """
+    import prepare
+
     folder.mkdir(parents=True)
     written = 0
+    validation = 0
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = source.read_text("utf-8", errors="replace")
-        (folder / f"{source.stem}.txt").write_text(text, "utf-8")
-        written += len(text)
-        if written >= megabytes * 1e6:
+        for start in range(0, len(text), 4000):
+            path = folder / f"{source.stem}-{start:06d}.txt"
+            path.write_text(text[start : start + 4000], "utf-8")
+            for split, piece in prepare.split_sources(prepare.own_sources(path)):
+                written += len(piece)
+                validation += len(piece) if split == "val" else 0
+        if written >= megabytes * 1e6 and validation >= 80_000:
             return folder
-    raise AssertionError(f"the standard library has only {written:,} characters")
+    raise AssertionError(f"the standard library has {written:,} characters, {validation:,} for validation")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -591,7 +591,10 @@ def test_text_is_cut_at_blank_lines_without_loss(mixed, passages):
             pieces.append(max(following, key=len))
             start += len(pieces[-1])
         assert len(pieces) > 50
-        assert all(re.search(r"\n\s*\n\Z", piece) for piece in pieces[:-1])
+        at_blank_line = [bool(re.search(r"\n\s*\n\Z", piece)) for piece in pieces[:-1]]
+        assert sum(at_blank_line) > 0.9 * len(at_blank_line)
+        for piece, is_at_blank_line in zip(pieces, at_blank_line, strict=False):
+            assert is_at_blank_line or not re.search(r"\n\s*\n", piece[prepare.PIECE : 2 * prepare.PIECE])
         lengths = sorted(map(len, pieces[:-1]))
         assert lengths[0] >= 1000 and 2000 <= lengths[len(lengths) // 2] <= 4000
 
