@@ -542,7 +542,7 @@ def download(source: str, paths: list[Path], workers: int = 1) -> None:
 def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqdm) -> None:
     """Download one file, check it, publish it.
 
-    The session tries again what the server refuses; here a connection that is cut is resumed with Range.
+    A request that the server refuses is repeated by the session; a connection that is cut is resumed here.
     """
     remedy = f"({url}); check the network and HF_ENDPOINT, then run prepare.py again"
     headers = {"Accept-Encoding": "identity"}  # the bytes of a compressed answer could not be counted
@@ -930,8 +930,8 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        # int64 (V,), bytes of each token. Those of its decoded text would be wrong: a lone byte >= 0x80 is
-        # decoded to U+FFFD, which has 3.
+        # int64 (V,), the length of each token in bytes. Its decoded text can be longer: a lone byte >= 0x80
+        # becomes U+FFFD, which is three bytes long.
         self.token_bytes = torch.tensor([len(token) for token in ranks] + [0] * len(special))
 
     @classmethod
@@ -1317,14 +1317,14 @@ class Clock:
         last_seconds = 0.0
         second_last_seconds = 0.0
         self.synchronize()
-        seen_s = self.started_s = time.perf_counter()  # the newest end of a step that the host has seen
+        seen_s = self.started_s = time.perf_counter()  # when the host last saw the end of a step
         for step in itertools.count():
             # The next step is expected to take as long as the shorter of the last two, so that a single slow
             # one does not end the run. Until two steps are done it is 0, since the first one may be special.
             next_seconds = min(last_seconds, second_last_seconds)
             elapsed = seen_s - self.started_s
             if is_cuda and step > 2:
-                elapsed += next_seconds  # for the last step, which still runs
+                elapsed += next_seconds  # for the step before this one, which still runs
             if elapsed + next_seconds > TIME_BUDGET:
                 return
             yield step, min(elapsed / TIME_BUDGET, 1.0)
@@ -1435,7 +1435,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     first = next(parameters, None)
     device = default_device() if first is None else first.device
     rows = torch.from_numpy(tokenizer.data.rows.astype(np.int64)).to(device)
-    # at most half of the rows: RowChooser chooses between rows of different batches
+    # at most half of the rows, so that a probe's row can be chosen from two batches or more
     batch = min(batch_size, LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)
     was_training = getattr(model, "training", False)
     if was_training:
@@ -1522,9 +1522,9 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
     """Raise MetricError if the future, or another row, moves a loss by more than `allowed` nat.
 
     A row is asked again among other rows, and its inputs from position `cut` on are those of another row.
-    The losses of its own targets at positions 0 .. cut-1 must not move. The last of these targets is the
-    token at `cut`, which the inputs no longer hold: a model that sees one token ahead is found out only
-    there. The row keeps its place in the batch, because kernels may round differently in another one.
+    The losses of its own targets at positions 0 .. cut-1 must not move. A model that sees one token ahead is
+    found out only at cut-1: the target there is the token at `cut`, which was replaced in the inputs. The row
+    keeps its place in the batch, because kernels may round differently in another one.
     """
     T = MAX_SEQ_LEN
     rng = np.random.default_rng(0)
@@ -1570,7 +1570,7 @@ class RowChooser:
         self.worth = np.bincount(tokens.ravel(), minlength=VOCAB_SIZE).astype(float)
 
     def __call__(self, place: int, cut: int) -> int:
-        """The row for a probe at this place of its batch; when it was scored, it had the same place."""
+        """One of the rows that were scored at this place of a batch, for a probe at the same place."""
         candidates = place + self.batch * self.rng.permutation(len(self.tokens) // self.batch)
         before_cut = self.tokens[candidates, cut - 1]
         best = self.worth[before_cut].argmax()
@@ -1991,9 +1991,12 @@ class Notebook:
         return self.is_baseline
 
     def measured_ancestor(self, runs: list[Run]) -> str:
-        """If HEAD was committed by hand, the newest commit before it with a score that compares; else ""."""
+        """The newest commit with a score to compare with, if HEAD was committed by hand; otherwise "".
+
+        A train.py that was committed by a verdict has a score, if only for another corpus or budget.
+        """
         incumbents = [run for run in runs if run.code == self.incumbent and run.status != "reproduced"]
-        if any(run.has_score for run in incumbents):  # on another corpus, with another budget or the like
+        if any(run.has_score for run in incumbents):
             return ""
         measured = comparable(runs, self.run.fingerprint)
         return next((commit for commit, code in history().items() if code in measured), "")

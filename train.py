@@ -46,11 +46,11 @@ class Config:
     value_every: int = 2  # one layer in this many has value embeddings, the last included
     gate_channels: int = 32  # channels of x that the gate of the value embeddings reads
     logit_softcap: float = 15.0  # logits stay within +- this; 0 for none
-    init_scale: float = 0.68  # of the weights of q, k, v, MLP input and value embeddings: deviation * sqrt(D)
+    init_scale: float = 0.68  # sqrt(D) * deviation of the weights of q, k, v, MLP input, value embeddings
     x0_init: float = 0.05  # weight, at first, of the embedding that is added before each layer
     # batch
     batch_tokens: int = 2**18  # tokens of an optimizer step
-    micro_rows: int = 128  # most rows of a pass; halved until they fit
+    micro_rows: int = 128  # rows of a pass, at most; halved until they fit
     eval_rows: int = 32  # rows of a pass in the metric
     # Muon, for the matrices of the blocks
     matrix_lr: float = 0.04  # spectral norm of a step, roughly
@@ -236,7 +236,7 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # odd and > V: n-grams of one length, up to 4 tokens, have different keys
+    BASE = 36313  # > V, so that n-grams of one length have different keys: in 64 bits up to 4 tokens
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
@@ -545,7 +545,7 @@ def train(run: Experiment) -> None:
         optimizer.step(lr_frac, muon_momentum(step, config), muon_weight_decay(progress, config))
         model.zero_grad()
         run.log(loss, config.batch_tokens, flops_per_token, lr_frac, epoch)
-    prepare.evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))  # prepare.py keeps the score
+    prepare.evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))  # which keeps the score
     run.summary(num_params_M=num_params_M, depth=config.depth, attention=attend.__name__)
 
 
@@ -581,7 +581,7 @@ def warm_up(model: GPT, optimizer: MuonAdamW, rows: int, seed: int) -> None:
     config = model.config
     seq_len = len(model.cos)
     micro_batches = min(2, config.micro_batches(rows, seq_len))  # two, so that gradients are added up
-    # two tensors: one for both would be compiled as a special case
+    # not one tensor for both, which would be compiled as a special case
     inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, seq_len), device=model.cos.device)
     try:
         for _ in range(2):
