@@ -125,7 +125,7 @@ SMALL = replace(  # for T = 256 and two CPU cores, tuned on Python sources
     head_dim=64,  # beats 32 and 128
     short_window=64,
     mlp_ratio=1,  # beats 2 and 4: steps are cheaper
-    token_shift=True,  # -0.17 bpb: two layers cannot look up an earlier occurrence without it
+    token_shift=True,  # -0.17 bpb: two layers cannot find what followed a token before without it
     ngram_length=4,  # beats 3 and 5
     ngram_ratio=1024,  # beats 512
     ngram_lr=0.9,  # most rows are met a few times in all
@@ -236,7 +236,7 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # > V, so that n-grams of one length have different keys: in 64 bits up to 4 tokens
+    BASE = 36313  # > V: n-grams of one length have different keys, while 64 bits suffice (4 tokens)
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
@@ -355,7 +355,7 @@ def neuron_means(matrices: Tensor) -> Tensor:
 
 
 def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """NorMuon, arXiv 2510.05491: all rows (of a wide matrix, columns) take steps of one size.
+    """NorMuon, arXiv 2510.05491: all rows (in a wide matrix all columns) take steps of one size.
 
     The update's Frobenius norm stays.
     """
@@ -545,7 +545,7 @@ def train(run: Experiment) -> None:
         optimizer.step(lr_frac, muon_momentum(step, config), muon_weight_decay(progress, config))
         model.zero_grad()
         run.log(loss, config.batch_tokens, flops_per_token, lr_frac, epoch)
-    prepare.evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))  # which keeps the score
+    prepare.evaluate_bpb(model, tokenizer, min(rows, config.eval_rows))  # noted for the summary
     run.summary(num_params_M=num_params_M, depth=config.depth, attention=attend.__name__)
 
 
@@ -581,7 +581,7 @@ def warm_up(model: GPT, optimizer: MuonAdamW, rows: int, seed: int) -> None:
     config = model.config
     seq_len = len(model.cos)
     micro_batches = min(2, config.micro_batches(rows, seq_len))  # two, so that gradients are added up
-    # not one tensor for both, which would be compiled as a special case
+    # inputs and targets as one tensor would be compiled as a special case
     inputs, targets = torch.randint(model.wte.num_embeddings, (2, rows, seq_len), device=model.cos.device)
     try:
         for _ in range(2):
