@@ -193,6 +193,7 @@ def test_half_a_download_is_completed_later(tmp_path):
         assert_flash_attention_3(*choose(tmp_path, hub, 1))
 
 
+@pytest.mark.slow
 def test_a_cached_kernel_of_another_torch_is_replaced(tmp_path):
     other = (
         tmp_path / "hf" / SNAPSHOT.replace(COMMIT, "2" * 40) / "build" / "torch27-cxx11-cu126-x86_64-linux"

@@ -235,7 +235,8 @@ def test_out_of_memory_with_one_row_is_an_error(tokenizer):
         evaluate_bpb(Hungry(limit=0), tokenizer, 8)
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_scored_in_evaluation_mode(tokenizer, training):
     """And keeps the mode that it had."""
 

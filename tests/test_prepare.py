@@ -445,6 +445,7 @@ def test_a_stale_netrc_does_no_harm(manner, hub, tmp_path):
     assert len(hub.requests) == {"fine": 1, "redirect": 2}[manner]
 
 
+@pytest.mark.slow
 def test_a_failing_shard_does_not_wait_for_others(hub, forks, tmp_path):
     hub.manners = {CLIMBMIX.format(0): iter(["hold"]), CLIMBMIX.format(1): itertools.repeat("404")}
     command = ("--data", "climbmix", "--num-shards", 3)
