@@ -236,7 +236,7 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # > V: n-grams have keys of their own; those of 5 tokens may share one, in 64 bits
+    BASE = 36313  # > V: only the keys of 5 tokens, which overflow 64 bits, may be equal by chance
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
