@@ -442,7 +442,8 @@ class Prepared:
             name = (CACHE / f"active-{SCALE}").read_text()
         except FileNotFoundError:
             found = f"nothing is prepared for {SCALE} in {CACHE}"
-            raise AutoresearchError(f"{found}; run: uv run prepare.py (its options: --help)") from None
+            remedy = "run: uv run prepare.py, or without a network: uv run prepare.py --data python"
+            raise AutoresearchError(f"{found}; {remedy}") from None
         return cls.read(CACHE / name)
 
     def verify(self) -> None:
@@ -658,7 +659,8 @@ def own_data(folder: Path, options: Options) -> Shards:
     read = Counter(path.suffix.lower() for path in paths)
     found = f"read {count_types(read) or 'nothing'}, skipped {count_types(skipped) or 'nothing'}"
     if not paths:
-        raise AutoresearchError(f"{options.data}: {found}; bring {', '.join(OWN_TYPES)}")
+        remedy = f"bring {', '.join(OWN_TYPES)}; names that begin with a dot are left out"
+        raise AutoresearchError(f"{options.data}: {found}; {remedy}")
     print(f"{options.data}: {found}", flush=True)
     not_utf8 = []
 
@@ -2154,6 +2156,9 @@ class Experiment:
     def _begin(self) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         print_any_text()
+        if self.description.startswith("--"):
+            found = f"there is no option {self.description}"
+            raise AutoresearchError(f"{found}; a description does not begin with --, see train.py --help")
         keep_freed_memory()
         torch.set_num_threads(cpu_threads())
         wanted = os.environ.get("OMP_NUM_THREADS", "")
@@ -2423,7 +2428,7 @@ def print_night(night: Night) -> None:
     print(f"{len(night.kept)} kept, {dropped} dropped or repeated, {failed} without a score")
     others = len(runs) - len(night.alike)
     if others:
-        print(f"{others} of them do not compare with the last one: another corpus, version or device")
+        print(f"{others} of them do not compare with the last one: another corpus, budget, version or device")
     if night.levels:
         first = next(iter(night.levels.values()))
         best = min(night.levels.values())

@@ -573,6 +573,13 @@ def test_what_was_committed_by_hand_is_given_back(begun, edited):
     assert lab.is_clean()
 
 
+def test_an_unknown_option_is_no_description(begun):
+    bad = begun.run("--descrption")
+    remedy = "a description does not begin with --, see train.py --help"
+    assert (bad.code, bad.errors) == (1, f"error: there is no option --descrption; {remedy}\n")
+    assert len(begun.record()) == 3
+
+
 @pytest.mark.slow
 def test_a_chosen_seed_hides_no_commit_by_hand(begun):
     lab = begun

@@ -106,7 +106,9 @@ def test_a_folder_without_readable_types_says_so(tmp_path):
     (source / "data.json").write_text('{"text": "Once upon a time."}')
     (source / "data.csv").write_text("text\nOnce upon a time.\n")
     line = error_line(main("--data", source, AUTORESEARCH_CACHE=tmp_path / "cache"))
-    assert re.search(r"read nothing, skipped 1 \.csv, 1 \.json; bring \.parquet, \.jsonl, \.txt, \.md$", line)
+    assert re.search(
+        r"read nothing, skipped 1 \.csv, 1 \.json; bring \.parquet, \.jsonl, \.txt, \.md; names", line
+    )
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.txt", "train.md"])
