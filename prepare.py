@@ -569,9 +569,8 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
                 for block in response.iter_content(2**20):
                     progress.update(file.write(block))
                 file.flush()
-                next(
-                    texts(Path(file.name), f"{path.name} from {url}"), None
-                )  # raises if the footer or the first rows are broken
+                rows = texts(Path(file.name), f"{path.name} from {url}")
+                next(rows, None)  # raises if the footer or the first rows are broken
                 return
 
             headers["Range"] = f"bytes={file.tell()}-"
@@ -1576,9 +1575,8 @@ class RowChooser:
         candidates = place + self.batch * self.rng.permutation(len(self.tokens) // self.batch)
         before_cut = self.tokens[candidates, cut - 1]
         best = self.worth[before_cut].argmax()
-        self.worth[before_cut[best]] *= (
-            1e-6  # not 0: when all have been probed, the commonest is the first again
-        )
+        # not to 0: when all have been probed, the commonest is the first again
+        self.worth[before_cut[best]] *= 1e-6
         return candidates[best]
 
 
@@ -2156,7 +2154,7 @@ class Experiment:
     def _begin(self) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         print_any_text()
-        if self.description.startswith("--"):
+        if self.description.startswith("--"):  # a mistyped option must not train for five minutes
             found = f"there is no option {self.description}"
             raise AutoresearchError(f"{found}; a description does not begin with --, see train.py --help")
         keep_freed_memory()
@@ -2460,11 +2458,11 @@ def print_branches(runs: list[Run]) -> None:
         branches[run.branch].append(run)
     for branch, own in list(branches.items())[-8:]:
         kept = [run for run in own if run.status == "keep"]
-        groups = comparable(runs, own[-1].fingerprint)
-        alike = [run for run in own if run.fingerprint == own[-1].fingerprint]
-        levels = [
-            mean(scores(groups[run.code])) for run in alike if run.status == "keep" and run.code in groups
-        ]
+        fingerprint = own[-1].fingerprint
+        alike = [run for run in own if run.fingerprint == fingerprint]
+        groups = comparable(runs, fingerprint)
+        judged = [run for run in alike if run.status == "keep" and run.code in groups]
+        levels = [mean(scores(groups[run.code])) for run in judged]
         hours = max(sum(run.seconds for run in alike) / 3600, 1e-3)
         gain = f", {(levels[0] - min(levels)) / hours:.4f} bpb an hour" if levels else ""
         print(f"branch {branch or '-'}: {len(own)} runs, {len(kept)} kept{gain}")

@@ -74,7 +74,7 @@ class Config:
     x0_betas: tuple[float, float] = (0.96, 0.95)
     adam_eps: float = 1e-10  # must stay far below the gradients
     # schedule, in fractions of the time budget
-    warmdown_frac: float = 0.75  # there is no warm-up: each that was tried hurt
+    warmdown_frac: float = 0.75  # no warm-up: each that was tried hurt
     final_lr_frac: float = 0.05  # of the peak learning rate
 
     def __post_init__(self):
@@ -137,6 +137,10 @@ SMALL = replace(  # for T = 256 and two CPU cores, tuned on Python sources
 )
 MAC = replace(SMALL, ngram_ratio=64)  # on MPS the table's gradient is dense: 64 MiB in each step
 CONFIGS = {"FULL": FULL, "DESKTOP": DESKTOP, "SMALL": SMALL, "MAC": MAC}
+
+
+def config_name(device: torch.device) -> str:
+    return "MAC" if device.type == "mps" and SCALE == "small" else SCALE.upper()
 
 
 # == 2. Model ==================
@@ -236,7 +240,7 @@ def shifted(x_BTD: Tensor, shift_D: Tensor | None) -> Tensor:
 class NgramEmbedding(nn.Module):
     """For each n from 2 to `length` the last n tokens are hashed to a row of a table; the rows are added."""
 
-    BASE = 36313  # > V: only the keys of 5 tokens, which overflow 64 bits, may be equal by chance
+    BASE = 36313  # > V: only keys of 5 tokens, which overflow 64 bits, may collide
 
     def __init__(self, length: int, rows: int, width: int):
         super().__init__()
@@ -407,7 +411,7 @@ class MuonAdamW:
             raise ValueError(f"no learning rate for {', '.join(forgotten)}; add a group in adamw_groups")
         self.muon_update = muon_update
         self.rowwise_update = rowwise_update
-        self.numbers = dict  # in eager mode arguments are plain numbers
+        self.numbers = dict  # plain numbers in eager mode
         if compiled:
             self.muon_update = torch.compile(muon_update, dynamic=False, fullgraph=True)
             self.rowwise_update = torch.compile(rowwise_update, dynamic=False, fullgraph=True)
@@ -514,7 +518,7 @@ def accumulate_gradients(model: nn.Module, batches: Iterator, micro_batches: int
 
 def train(run: Experiment) -> None:
     device = run.device
-    name = "MAC" if device.type == "mps" and SCALE == "small" else SCALE.upper()
+    name = config_name(device)
     config = CONFIGS[name]
     dtype = compute_dtype(device)
     compiled = can_compile(device)
@@ -580,9 +584,9 @@ def warm_up(model: GPT, optimizer: MuonAdamW, rows: int, seed: int) -> None:
     """Compile and allocate all by two steps and an evaluation on random tokens; then start afresh."""
     config = model.config
     seq_len = len(model.cos)
-    micro_batches = min(2, config.micro_batches(rows, seq_len))  # two, so that gradients are added up
+    micro_batches = min(2, config.micro_batches(rows, seq_len))  # 2, to add up gradients
     inputs = torch.randint(model.wte.num_embeddings, (rows, seq_len), device=model.cos.device)
-    targets = inputs.flip(0)  # a tensor of its own: the same one twice would be compiled as a special case
+    targets = inputs.flip(0)  # one tensor for both would be compiled as a special case
     try:
         for _ in range(2):
             accumulate_gradients(model, itertools.repeat((inputs, targets, 0)), micro_batches)

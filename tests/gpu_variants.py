@@ -21,11 +21,7 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 
 COLUMNS = "val_bpb num_steps total_tokens_M mfu_percent peak_vram_mb startup_seconds eval_seconds".split()
-
-
-def config_name() -> str:
-    is_mac = prepare.default_device().type == "mps" and prepare.SCALE == "small"
-    return "MAC" if is_mac else prepare.SCALE.upper()
+NAME = train.config_name(prepare.default_device())  # of the Config that this device uses
 
 
 def config_of(variant: str) -> train.Config:
@@ -37,12 +33,12 @@ def config_of(variant: str) -> train.Config:
     for pair in pairs.split():
         field, _, value = pair.partition("=")
         fields[field] = ast.literal_eval(value)
-    return dataclasses.replace(train.CONFIGS[config_name()], **fields)
+    return dataclasses.replace(train.CONFIGS[NAME], **fields)
 
 
 def train_variant(variant: str) -> int:
     """In a process of its own: train.py with another Config."""
-    train.CONFIGS[config_name()] = config_of(variant)
+    train.CONFIGS[NAME] = config_of(variant)
     sys.argv = ["train.py"]  # no description: nothing is recorded
     return train.main()
 
