@@ -3,7 +3,8 @@
     AUTORESEARCH_BUDGET=75 python tests/gpu_variants.py base: "no bigrams: ngram_length=1" "wide: n_embd=768"
 
 A variant is a name, a colon, and NAME=VALUE pairs that take the place of fields of this device's Config. Each
-is a plain run of train.py in a process of its own, with seed 42 or SEED, and becomes a row of a table.
+is a plain run of train.py in a process of its own, with seed 42 or SEED, and becomes a row of a table. What
+the runs print goes to stderr.
 """
 
 import ast
@@ -57,11 +58,10 @@ def main(variants: list[str]) -> int:
     for variant in variants:
         command = [sys.executable, __file__, "--one", variant]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"\n{variant}\n{done.stdout}", file=sys.stderr, flush=True)
         values = dict(re.findall(r"^(\w+): +(\S+)$", done.stdout, re.M))
         print(f"| {variant} | " + " | ".join(values.get(name, "-") for name in COLUMNS) + " |", flush=True)
-        if done.returncode:
-            failed += 1
-            print("\n".join(done.stdout.splitlines()[-20:]), file=sys.stderr)
+        failed += done.returncode != 0
     return 1 if failed else 0
 
 

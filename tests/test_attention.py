@@ -54,6 +54,7 @@ def back_end(name: str, seq_len: int, window: int):
         pytest.skip(f"{name} did not load: {error}")
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler has several
 @pytest.mark.parametrize("window", [0, 1, 20, 100, 101])
 @pytest.mark.parametrize("name", ["sdpa_attention", "flex_attention", "flash_attention_3"])
 def test_attention_equals_an_explicit_mask(name, window):

@@ -113,12 +113,12 @@ def test_a_batch_that_rows_do_not_divide_is_refused():
         TINY.micro_batches(7, T)
 
 
-def test_full_is_the_best_published_branch():
+def test_full_is_the_best_published_branch_with_the_shift():
     full = train.FULL
     assert (full.depth, full.n_embd, full.head_dim) == (9, 640, 128)
     assert (full.windows, full.short_window, full.batch_tokens) == ("SSSSL", 256, 2**18)
     assert (full.rotary_base, full.init_scale) == (200_000, 0.68)
-    assert (full.ngram_length, full.ngram_ratio, full.token_shift) == (2, 5, False)
+    assert (full.ngram_length, full.token_shift) == (1, True)  # measured on an H100
 
 
 def parameters(c: Config, V: int) -> int:
@@ -178,7 +178,9 @@ def test_each_config_makes_a_step(fake, name):
 
     optimizer = optimizer_of(model)
     groups = [group["params"] for group in optimizer.groups]
-    grouped = [optimizer.table, *itertools.chain(*optimizer.stacks, *groups)]
+    grouped = list(itertools.chain(*optimizer.stacks, *groups))
+    if model.ngrams is not None:
+        grouped.append(optimizer.table)
     assert sorted(map(id, grouped)) == sorted(map(id, params))
 
     tokens = torch.zeros(2, T, dtype=torch.int64, device=device)
@@ -191,18 +193,15 @@ def test_each_config_makes_a_step(fake, name):
     optimizer.numbers = train.scalar_tensors  # as when compiled: the rates are the one thing on the CPU
     optimizer.step(lr_frac=1.0, momentum=0.9, weight_decay=0.1)
     adamw = itertools.chain(*(state.values() for state in optimizer.adamw.state.values()))
-    state = [
-        *optimizer.momentum_buffers,
-        *optimizer.second_moments,
-        optimizer.row_moments,
-        optimizer.row_steps,
-    ]
+    state = [*optimizer.momentum_buffers, *optimizer.second_moments]
+    if model.ngrams is not None:
+        state += [optimizer.row_moments, optimizer.row_steps]
     assert {tensor.device for tensor in (*adamw, *state, *params, *model.buffers())} == {device}
 
 
 def test_scales_have_the_configs_of_their_shape():
     assert set(train.CONFIGS) == set(SCALES)
-    assert parameters(train.FULL, 8192) == 107_152_178
+    assert parameters(train.FULL, 8192) == 80_949_298
     mac_table = train.MAC.ngram_ratio * 2048 * train.MAC.n_embd
     assert mac_table * 4 <= 64 * 2**20  # its gradient is dense
 
