@@ -37,7 +37,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -137,6 +137,7 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
+DOWNLOADS = "downloads"  # folder of shards as they were published
 SHARDS = "shards-2"  # folder of shards that are built here; in format 1 a file could be in both splits
 # version and scale of a prepared folder
 LAYOUT = [2, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
@@ -582,7 +583,7 @@ def climbmix(folder: Path, options: Options) -> Shards:
     """Published shards. The pinned validation shard is downloaded before the others."""
 
     def shard_path(number: int) -> Path:
-        return folder / "downloads" / f"shard_{number:05d}.parquet"
+        return folder / DOWNLOADS / f"shard_{number:05d}.parquet"
 
     val_paths = [shard_path(CLIMBMIX_SHARDS)]
     train_paths = [shard_path(number) for number in range(options.num_shards)]
@@ -595,7 +596,7 @@ def tinystories(folder: Path, options: Options) -> Shards:
     """One published file with a suggested split: rows 0 to 9,999 are test data, up to 19,999 validation."""
 
     def documents() -> Iterator[tuple[str, str]]:
-        path = folder / "downloads" / "tinystories_gpt4_clean.parquet"
+        path = folder / DOWNLOADS / "tinystories_gpt4_clean.parquet"
         download(TINYSTORIES, [path])
         train_bytes = TRAIN_BYTES or math.inf
         for row, text in enumerate(texts(path)):
@@ -661,20 +662,21 @@ def own_data(folder: Path, options: Options) -> Shards:
         remedy = f"bring {', '.join(OWN_TYPES)}; names that begin with a dot are left out"
         raise AutoresearchError(f"{options.data}: {found}; {remedy}")
     print(f"{options.data}: {found}", flush=True)
-    not_utf8 = []
+    broken = []
 
     def sources() -> Iterator[list[str]]:
         for path in progress_bar(paths, desc="read", unit=" files"):
             for source in own_sources(path):
-                if path not in not_utf8 and any("\ufffd" in text for text in source):
-                    not_utf8.append(path)
+                if path not in broken and any("\ufffd" in text for text in source):
+                    broken.append(path)
                 yield source
 
     target = folder / f"{SHARDS}-{files_state(paths)}"
     shards = build_shards(target, sample(split_sources(sources()), TRAIN_BYTES or None))
-    if not_utf8:
-        example = ascii(str(not_utf8[0]))
-        print(f"note: {len(not_utf8)} files are not UTF-8, such as {example}; bytes were lost")
+    if broken:
+        example = ascii(str(broken[0]))
+        found = f"{len(broken)} files have broken characters (U+FFFD), such as {example}"
+        print(f"note: {found}; they are not UTF-8, or were damaged before")
     return shards
 
 
@@ -1002,8 +1004,17 @@ def train_tokenizer(paths: list[Path], target: Path) -> None:
             file.write(b"%s %d\n" % (base64.b64encode(bytes(token)), rank))
 
 
+def longest_document(shard: Path) -> int:
+    """Tokens, without BOS, after which a document is cut, so that each piece fits into a row.
+
+    Documents of published shards stay whole at the scales that have published results, as they did for those.
+    """
+    stays_whole = shard.parent.name == DOWNLOADS and SCALE != "small"
+    return sys.maxsize if stays_whole else MAX_SEQ_LEN
+
+
 def tokenize(
-    shards: Iterable[Path],
+    shards: Sequence[Path],
     target: Path,
     tokenizer: Tokenizer,
     progress: tqdm,
@@ -1012,20 +1023,19 @@ def tokenize(
 ) -> None:
     """Write the documents of some shards as a flat uint16 file: BOS and tokens of each.
 
-    At the small scale a document is cut into pieces that fit into one row, and a very long one is cut at any
-    scale. Documents whose content hash is in `skip` are left out. The file ends before it would pass
-    `max_tokens`.
+    Pieces of a document, see longest_document, are documents of their own. Documents whose content hash is in
+    `skip` are left out. The file ends before it would pass `max_tokens`.
     """
     bos = np.array([tokenizer.get_bos_token_id()], "<u2").tobytes()
-    limit = MAX_SEQ_LEN if SCALE == "small" else sys.maxsize
+    longest = longest_document(shards[0])
     with published(target) as file:
         for text in itertools.chain.from_iterable(texts(shard) for shard in shards):
             progress.update()
             if content_hash(text) in skip:
                 continue
             for ids in tokenizer.encode_pieces(text):
-                for start in range(0, len(ids), limit):
-                    piece = bos + ids[start : start + limit].astype("<u2").tobytes()
+                for start in range(0, len(ids), longest):
+                    piece = bos + ids[start : start + longest].astype("<u2").tobytes()
                     if file.tell() + len(piece) > 2 * max_tokens:
                         return
                     file.write(piece)
@@ -1241,7 +1251,7 @@ def tokenize_shards(
     val_hashes = [hashes[path] for path in val_group]
 
     def token_path(group: tuple[Path, ...]) -> Path:
-        limits = [MAX_SEQ_LEN, TRAIN_TOKENS]
+        limits = [longest_document(group[0]), TRAIN_TOKENS]
         made_from = short_hash(tokenizer_hash, limits, val_hashes, [hashes[path] for path in group])
         return tokens / f"{group[0].stem}-{made_from}.bin"
 
@@ -2070,6 +2080,7 @@ class TrainingLog:
         self.average_loss = math.nan
         self.steps = 0
         self.tokens = 0
+        self.epoch = 0
         self.flops = 0.0
         self.shown = np.zeros(4)  # seconds, steps, tokens and FLOPs at the last line
 
@@ -2080,10 +2091,11 @@ class TrainingLog:
             self.check(self.steps - 2)
         self.steps += 1
         self.tokens += tokens
+        self.epoch = epoch
         self.flops += tokens * flops_per_token
         has_loss = self.steps > 2
         if has_loss and CLOCK.elapsed_seconds - self.shown[0] >= LOG_SECONDS:
-            self.show(lr_frac, epoch)
+            self.show(lr_frac)
 
     def check(self, step: int) -> None:
         """Raise AutoresearchError if the loss of this step is not a number, or has exploded."""
@@ -2098,7 +2110,7 @@ class TrainingLog:
         for step in range(max(0, self.steps - 2), self.steps):
             self.check(step)
 
-    def show(self, lr_frac: float, epoch: int) -> None:
+    def show(self, lr_frac: float) -> None:
         elapsed = CLOCK.elapsed_seconds
         now = np.array([elapsed, self.steps, self.tokens, self.flops])
         seconds, steps, tokens, flops = now - self.shown
@@ -2112,7 +2124,7 @@ class TrainingLog:
             f"{1000 * seconds / steps:.0f} ms/step",
             f"{tokens / seconds:,.0f} tok/s",
             f"mfu {self.mfu(flops, seconds)}",
-            f"epoch {epoch}",
+            f"epoch {self.epoch}",
             f"{max(0, TIME_BUDGET - elapsed):.0f} s left",
         ]
         print(" | ".join(parts), flush=True)
@@ -2189,7 +2201,7 @@ class Experiment:
         kind = "experiment" if self.notebook else "plain run, not recorded"
         print(f"{kind}: {SCALE} scale, {TIME_BUDGET} s, seed {self.seed}, {device_name(self.device)}")
         tokens = self.data.train_tokens
-        epoch = f"{tokens // (MAX_SEQ_LEN + 1):,} rows an epoch, {bytes_per_token:.2f} bytes a token"
+        epoch = f"at most {tokens // (MAX_SEQ_LEN + 1):,} rows an epoch, {bytes_per_token:.2f} bytes a token"
         print(f"corpus: {self.data.corpus}, {tokens:,} training tokens, {epoch}", flush=True)
 
     def _watch(self) -> None:
@@ -2254,7 +2266,8 @@ class Experiment:
         }
         if log.tokens:
             share = log.tokens / self.data.train_tokens
-            print(f"read {log.tokens:,} tokens, {share:.2f} of the corpus")
+            reached = f", up to epoch {log.epoch}" if log.epoch else ""
+            print(f"read {log.tokens:,} tokens, {share:.2f} of the corpus{reached}")
         print("---", self._summary(), sep="\n", flush=True)
 
     def _summary(self) -> str:

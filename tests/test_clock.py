@@ -147,7 +147,7 @@ def test_the_first_lines_say_what_is_at_stake(cache, capsys):
     assert run.device == CPU and tokens > 100_000
     assert begun.splitlines() == [
         f"plain run, not recorded: small scale, 300 s, seed 42, {device}",
-        f"corpus: {corpus}, {tokens:,} training tokens, {tokens // 257:,} rows an epoch, "
+        f"corpus: {corpus}, {tokens:,} training tokens, at most {tokens // 257:,} rows an epoch, "
         f"{len(text) / len(targets):.2f} bytes a token",
     ]
 

@@ -247,7 +247,7 @@ def values(text: str) -> dict[str, str]:
 
 
 def test_the_summary_takes_its_figures_from_the_log(cache, clock, capsys):
-    run = finished(clock, {}, tokens=40_000, flops_per_token=5e5)
+    run = finished(clock, {}, tokens=40_000, flops_per_token=5e5, epoch=2)
     out, errors = capsys.readouterr()
     found = values(out)
     assert (run.exit_code, errors) == (0, "")
@@ -255,7 +255,8 @@ def test_the_summary_takes_its_figures_from_the_log(cache, clock, capsys):
     assert found["mfu_percent"] == "0.02"  # 120,000 tokens of 0.5 MFLOP in 300 s
     assert found["num_params_M"] == found["depth"] == "n/a"
     corpus = sum(path.stat().st_size for path in run.data.train_paths) // 2
-    assert out.partition("---\n")[0].endswith(f"read 120,000 tokens, {120_000 / corpus:.2f} of the corpus\n")
+    read = f"read 120,000 tokens, {120_000 / corpus:.2f} of the corpus, up to epoch 2\n"
+    assert out.partition("---\n")[0].endswith(read)
 
 
 def test_what_train_py_tells_wins(cache, clock, capsys):

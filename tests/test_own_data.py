@@ -252,7 +252,7 @@ def test_text_that_is_not_utf8_is_counted(own, built):
         path = own / name
         path.write_bytes(("Füße, café. " + path.read_text("utf-8")).encode("latin-1", "ignore"))
     result = read(own, built)
-    note = re.search(r"^note: (\d+) files are not UTF-8, such as '(.*)'; ", result.output, re.MULTILINE)
+    note = re.search(r"^note: (\d+) files have broken .*, such as '(.*)'; ", result.output, re.MULTILINE)
     assert note[1] == "5" and note[2] == str(own / names[3])
     assert sum("F\ufffd\ufffde, caf\ufffd. " in text for text in result.everything) == 5
 

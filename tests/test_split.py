@@ -7,6 +7,8 @@ import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.own import (
     active,
@@ -271,6 +273,28 @@ def test_tokens_stop_at_the_limit(cache, tmp_path):
         tokens = np.fromfile(target, "<u2")
         assert limit - prepare.MAX_SEQ_LEN <= len(tokens) <= limit
         assert (tokens == whole[: len(tokens)]).all() and len(tokens) in {*starts.tolist(), len(whole)}
+
+
+@pytest.mark.parametrize("scale", ["small", "desktop"])
+@pytest.mark.parametrize("folder", [prepare.DOWNLOADS, prepare.SHARDS])
+def test_long_documents_are_cut_into_rows(cache, tmp_path, scale, folder):
+    """So that packing does not crop them; published shards stay as they are, for results to compare."""
+    tokenizer = prepare.Tokenizer.from_directory(active(cache).folder)
+    module = load(AUTORESEARCH_SCALE=scale)
+    texts = ["a b c " * 5000, "short", "d e f " * 900]
+    shard = tmp_path / folder / "train_0.parquet"
+    shard.parent.mkdir()
+    pq.write_table(pa.table({"text": texts}), shard)
+    module.tokenize([shard], tmp_path / "tokens", tokenizer, module.progress_bar())
+    tokens = np.fromfile(tmp_path / "tokens", "<u2").tolist()
+    bos = tokenizer.get_bos_token_id()
+    assert tokenizer.decode(token for token in tokens if token != bos) == "".join(texts)
+    starts = [i for i, token in enumerate(tokens) if token == bos]
+    lengths = [end - start for start, end in itertools.pairwise([*starts, len(tokens)])]
+    if scale != "small" and folder == prepare.DOWNLOADS:
+        assert len(lengths) == len(texts)
+    else:
+        assert max(lengths) == module.MAX_SEQ_LEN + 1 and len(lengths) > 6
 
 
 @pytest.mark.slow
