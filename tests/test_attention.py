@@ -206,6 +206,7 @@ def test_a_cached_kernel_of_another_torch_is_replaced(tmp_path):
         assert_flash_attention_3(*choose(tmp_path, hub))
 
 
+@pytest.mark.slow
 def test_without_a_hub_it_is_flex_attention(tmp_path):
     with KernelHub() as hub:
         pass

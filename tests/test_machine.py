@@ -30,6 +30,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Lab:
 # == The report ==============================================================================================
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg"])
 def test_the_chart_needs_no_backend(backend, reported, tmp_path):
     """As a notebook or a desktop sets it for whatever is started there."""

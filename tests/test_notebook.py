@@ -475,6 +475,7 @@ def test_the_watchdog_ends_a_hang(begun):
 # -- what a run is compared with ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_unjudged_are_told_to_measure_a_baseline(tmp_path, cache):
     lab = Lab.create(tmp_path / "new")
     lab.edit(MORE_EDITS)

@@ -65,6 +65,7 @@ def test_the_report_counts_compares_and_draws(tmp_path, count, only_crashes):
     assert len(kept) > count / 20 and (count < 40 or failed)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_real_night(begun):
     lab = begun
     rows = lab.rows()

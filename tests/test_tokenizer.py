@@ -107,6 +107,7 @@ def test_lone_surrogates_are_replaced(tokenizer, text):
     assert re.sub("[\ufffd?]", "R", found) == re.sub("[\ud800-\udfff]", "R", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("character", ["x", " ", "\n", "7", "\u0627", "\u0301", "\U0001f600"])
 def test_a_million_equal_characters_are_no_trouble(tokenizer, character):
     text = character * 10**6
