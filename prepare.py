@@ -459,7 +459,7 @@ class Prepared:
 
     @property
     def scored_by(self) -> list[str]:
-        """What a score of this corpus depends on: the hashes of validation rows and tokenizer."""
+        """What the metric uses of this corpus: the hashes of validation rows and tokenizer."""
         return [self.hashes[path] for path in (self.validation_path, self.tokenizer_path)]
 
     def fingerprint(self, device: torch.device) -> str:
@@ -496,10 +496,10 @@ def altered(path: Path) -> AutoresearchError:
 # ############################################################################################################
 
 # == Corpora =================================================================================================
-# A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files with a column
-# `text`. To add one, write such a function, name it in CORPORA and commit: an experiment refuses a prepare.py
-# that is not committed. Scores from before do not compare with later ones. If you change such a function
-# later, delete the corpus's folder in the cache.
+# A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files below `folder`
+# with a column `text`. To add one, write such a function, name it in CORPORA and commit: an experiment
+# refuses a prepare.py that is not committed. Scores from before do not compare with later ones. If you change
+# such a function later, delete the corpus's folder in the cache.
 
 Shards = dict[str, list[Path]]
 
@@ -1007,7 +1007,7 @@ def train_tokenizer(paths: list[Path], target: Path) -> None:
 def longest_document(shard: Path) -> int:
     """Tokens, without BOS, after which a document is cut, so that each piece fits into a row.
 
-    Documents of published shards stay whole at the scales that have published results, as they did for those.
+    At the scales with published results the documents of published shards stay whole, as they were there.
     """
     stays_whole = shard.parent.name == DOWNLOADS and SCALE != "small"
     return sys.maxsize if stays_whole else MAX_SEQ_LEN
@@ -1023,8 +1023,8 @@ def tokenize(
 ) -> None:
     """Write the documents of some shards as a flat uint16 file: BOS and tokens of each.
 
-    Pieces of a document, see longest_document, are documents of their own. Documents whose content hash is in
-    `skip` are left out. The file ends before it would pass `max_tokens`.
+    Pieces of a document, see longest_document and DOCUMENT_CHARS, become documents of their own. Those whose
+    content hash is in `skip` are left out. The file ends before it would pass `max_tokens`.
     """
     bos = np.array([tokenizer.get_bos_token_id()], "<u2").tobytes()
     longest = longest_document(shards[0])
@@ -1342,8 +1342,9 @@ class Clock:
             if is_cuda and step >= 2:  # the host goes one step ahead, once two have shown how long they take
                 last_step_done = this_step_done
                 this_step_done = torch.cuda.current_stream().record_event()
-                if last_step_done:
-                    last_step_done.synchronize()
+                if last_step_done is None:
+                    continue
+                last_step_done.synchronize()
             else:
                 self.synchronize()
             seen_before_s = seen_s
@@ -1592,7 +1593,7 @@ class RowChooser:
 
 # == Notebook ================================================================================================
 # Each experiment has one ref below refs/autoresearch, named by its start. It holds a commit `unfinished`, and
-# when the run ends, for whatever reason, a commit with the outcome instead. These commits are the record;
+# when the run ends, unless it is killed, a commit with the outcome instead. These commits are the record;
 # results.tsv is a view of it.
 
 COLUMNS = "commit val_bpb memory_gb status description seed steps seconds branch code fingerprint".split()
@@ -1987,8 +1988,8 @@ class Notebook:
     def can_be_judged(self, runs: list[Run]) -> bool:
         """Whether there is something to judge this run by: as a rule, a score of HEAD's train.py.
 
-        Where no commit of the branch has a score that compares, a run can be judged in two cases: it runs
-        HEAD's train.py itself, or HEAD's train.py was run before and failed, so that any score is better.
+        Without one, unless an ancestor's score is to be compared with, a run can be judged in two cases: it
+        runs HEAD's train.py itself, or HEAD's train.py was run before and failed: any score is better.
         """
         if self.incumbent in comparable(runs, self.run.fingerprint):
             return True
@@ -2046,7 +2047,7 @@ class Notebook:
         else:
             return "# edit train.py" if self.is_baseline else "git restore -SW train.py"
         was_edited = not (HERE / "train.py").exists() or git("hash-object", "train.py") != run.code
-        if was_edited and not self.is_baseline:
+        if was_edited and not (self.is_baseline and run.status == "keep"):  # that merge leaves train.py alone
             return f"{bring_back} && {command}"
         return command
 
@@ -2139,7 +2140,7 @@ class Experiment:
 
     run.steps() is the clock, run.log() the line of progress; evaluate_bpb ends the training; run.summary()
     prints the result. With a description the run is recorded and judged, without one its score is printed and
-    that is all. `run.exit_code` is 0 if there is a score.
+    that is all. `run.exit_code` is 0 if there is a score, recorded if it was to be.
     """
 
     def __init__(self, description: str = ""):
@@ -2439,7 +2440,8 @@ def print_night(night: Night) -> None:
     print(f"{len(night.kept)} kept, {dropped} dropped or repeated, {failed} without a score")
     others = len(runs) - len(night.alike)
     if others:
-        print(f"{others} of them do not compare with the last one: another corpus, budget, version or device")
+        why = "another corpus, budget, version or device"
+        print(f"{others} of them do not compare with this branch's last one: {why}")
     if night.levels:
         first = next(iter(night.levels.values()))
         best = min(night.levels.values())
@@ -2465,7 +2467,7 @@ def print_night(night: Night) -> None:
 
 
 def print_branches(runs: list[Run]) -> None:
-    """A line for each branch, so that two programs that worked side by side can be compared."""
+    """A line for each branch, up to eight, so that programs that worked side by side can be compared."""
     branches: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         branches[run.branch].append(run)

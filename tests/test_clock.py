@@ -1,11 +1,12 @@
 """A run from start to end: budget, seed, clock, summary and errors, under a clock that the tests move."""
 
+import functools
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,40 @@ def test_a_step_that_would_pass_the_budget_is_not_begun(begun, clock, seconds, s
         clock.now += seconds[step]
         taken += 1
     assert taken == steps
+
+
+class Queue:
+    """A CUDA device that works off what the host has asked for, while the host goes on."""
+
+    def __init__(self, clock: StillClock):
+        self.clock = clock
+        self.done = clock.now
+
+    def launch(self, seconds: float) -> None:
+        self.done = max(self.done, self.clock.now) + seconds
+
+    def synchronize(self) -> None:
+        self.wait_until(self.done)
+
+    def record_event(self) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=functools.partial(self.wait_until, self.done))
+
+    def wait_until(self, moment: float) -> None:
+        self.clock.now = max(self.clock.now, moment)
+
+
+@pytest.mark.parametrize("seconds, steps", [(7, 42), (70, 4), (90, 3), (149, 2), (0.5, 600)])
+def test_a_host_that_goes_ahead_keeps_to_the_budget(begun, clock, monkeypatch, seconds, steps):
+    queue = Queue(clock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: queue)
+    monkeypatch.setattr(torch.accelerator, "synchronize", queue.synchronize)
+    begun.device = torch.device("cuda")
+    taken = 0
+    for _ in begun.steps():
+        queue.launch(seconds)
+        taken += 1
+    begun.stop(begun.data)
+    assert taken == steps and begun.training_seconds == taken * seconds
 
 
 def test_the_clock_starts_once(begun, clock):

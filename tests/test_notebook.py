@@ -296,6 +296,19 @@ def test_an_edit_during_a_run_is_not_lost(begun, status, change):
         assert [row["seed"] for row in lab.rows()[-2:]] == ["42", "43"]
 
 
+@slow
+def test_a_stopped_baseline_is_run_again_unedited(begun):
+    lab = begun
+    run = lab.start("baseline", **hold(lab)).reached()
+    lab.edit(MORE_EDITS)
+    run.process.send_signal(signal.SIGINT)
+    outcome = run.wait()
+    assert outcome.status == "stopped"
+    lab.sh(outcome.next)
+    rows = lab.rows()[-2:]
+    assert rows[0]["code"] == rows[1]["code"] and lab.edited() == [TRAIN.replace(*MORE_EDITS)]
+
+
 @pytest.mark.parametrize("status, change", [("keep", BETTER), pytest.param("discard", WORSE, marks=slow)])
 def test_a_staged_version_is_not_lost(begun, status, change):
     lab = begun

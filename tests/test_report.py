@@ -183,7 +183,7 @@ def test_the_report_leaves_out_what_does_not_compare(tmp_path, cache):
     others = [record(number, fingerprint="another", status="keep") for number in range(3)]
     write_records(lab, [*others, record(3, status="keep"), record(4)], merged=True)
     output = lab.report().output
-    assert "3 of them do not compare with the last one" in output
+    assert "3 of them do not compare with this branch's last one" in output
     assert "1 kept, 4 dropped or repeated, 0 without a score" in output
 
 
