@@ -139,8 +139,8 @@ RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
 DOWNLOADS = "downloads"  # folder of shards as they were published
 SHARDS = "shards-2"  # folder of shards that are built here; in format 1 a file could be in both splits
-# version and scale of a prepared folder
-LAYOUT = [2, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
+# version and scale of a prepared folder; before version 3 long documents were whole at the larger scales
+LAYOUT = [3, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 
 CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 CLIMBMIX_SHARDS = 6542  # for training, and one more, which is pinned for validation
@@ -499,7 +499,8 @@ def altered(path: Path) -> AutoresearchError:
 # A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files below `folder`
 # with a column `text`. To add one, write such a function, name it in CORPORA and commit: an experiment
 # refuses a prepare.py that is not committed. Scores from before do not compare with later ones. If you change
-# such a function later, delete the corpus's folder in the cache.
+# such a function later, delete the corpus's folder in the cache. What it fetches as it is goes to DOWNLOADS,
+# what it builds to SHARDS; see longest_document for the difference.
 
 Shards = dict[str, list[Path]]
 
@@ -1251,7 +1252,7 @@ def tokenize_shards(
     val_hashes = [hashes[path] for path in val_group]
 
     def token_path(group: tuple[Path, ...]) -> Path:
-        limits = [longest_document(group[0]), TRAIN_TOKENS]
+        limits = [LAYOUT, longest_document(group[0])]
         made_from = short_hash(tokenizer_hash, limits, val_hashes, [hashes[path] for path in group])
         return tokens / f"{group[0].stem}-{made_from}.bin"
 

@@ -1,6 +1,6 @@
 """Train variants of the Config one after another: run by hand, not by pytest, in a half hour with a GPU.
 
-    AUTORESEARCH_BUDGET=75 python tests/gpu_variants.py base: "no bigrams: ngram_length=1" "wide: n_embd=768"
+    AUTORESEARCH_BUDGET=75 python tests/gpu_variants.py base: "bigrams: ngram_length=2" "wide: n_embd=768"
 
 A variant is a name, a colon, and NAME=VALUE pairs that take the place of fields of this device's Config. Each
 is a plain run of train.py in a process of its own, with seed 42 or SEED, and becomes a row of a table. What

@@ -227,12 +227,13 @@ def test_a_host_that_goes_ahead_keeps_to_the_budget(begun, clock, monkeypatch, s
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: queue)
     monkeypatch.setattr(torch.accelerator, "synchronize", queue.synchronize)
     begun.device = torch.device("cuda")
-    taken = 0
+    ahead = []
     for _ in begun.steps():
+        ahead.append(queue.done - clock.now)
         queue.launch(seconds)
-        taken += 1
     begun.stop(begun.data)
-    assert taken == steps and begun.training_seconds == taken * seconds
+    assert len(ahead) == steps and begun.training_seconds == steps * seconds
+    assert ahead == [0.0] * len(ahead[:3]) + [seconds] * len(ahead[3:])
 
 
 def test_the_clock_starts_once(begun, clock):
