@@ -2005,7 +2005,7 @@ class Notebook:
     def measured_ancestor(self, runs: list[Run]) -> str:
         """The newest commit with a score to compare with, if HEAD was committed by hand; otherwise "".
 
-        A train.py that was committed by a verdict has a score, if only for another corpus or budget.
+        What a verdict committed has a score, maybe of another corpus or budget; other commits have none.
         """
         incumbents = [run for run in runs if run.code == self.incumbent and run.status != "reproduced"]
         if any(run.has_score for run in incumbents):
