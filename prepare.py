@@ -139,7 +139,7 @@ RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
 DOWNLOADS = "downloads"  # folder of shards as they were published
 SHARDS = "shards-2"  # folder of shards that are built here; in format 1 a file could be in both splits
-# version and scale of a prepared folder; before version 3 long documents were whole at the larger scales
+# version and scale of a prepared folder; before version 3 no document was cut at the larger scales
 LAYOUT = [3, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 
 CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main"
@@ -468,6 +468,9 @@ class Prepared:
         return short_hash(program, self.scored_by, device_name(device), usable_cpus())
 
 
+PREPARE_AGAIN = "run prepare.py again with the same --data"
+
+
 def read_manifest(folder: Path) -> dict:
     """The folder's manifest.json with paths for names; AutoresearchError if it is unusable here."""
     try:
@@ -481,14 +484,14 @@ def read_manifest(folder: Path) -> dict:
             manifest["files"] = {folder / name: (size, sha256) for name, (size, sha256) in files}
             manifest["corpus"] = str(manifest["request"][0])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise AutoresearchError(f"{folder}: no usable manifest ({error}); run prepare.py again") from None
+        raise AutoresearchError(f"{folder}: no usable manifest ({error}); {PREPARE_AGAIN}") from None
     if layout != LAYOUT:
-        raise AutoresearchError(f"{folder}: made for {layout}, not {LAYOUT}; run prepare.py again")
+        raise AutoresearchError(f"{folder}: made for {layout}, not {LAYOUT}; {PREPARE_AGAIN}")
     return manifest
 
 
 def altered(path: Path) -> AutoresearchError:
-    return AutoresearchError(f"{path}: altered, not as in the manifest; delete it and run prepare.py again")
+    return AutoresearchError(f"{path}: altered, not as in the manifest; delete it and {PREPARE_AGAIN}")
 
 
 # ############################################################################################################

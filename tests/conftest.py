@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.forks import Forks
 from helpers.lab import ROOT, SLIGHT, Lab, Outcome
 
 # before prepare.py is imported: its scale and its cache are read once
@@ -76,6 +77,30 @@ def cache(corpus: Path) -> Path:
 
     assert prepare.main(["--data", str(corpus)]) == 0
     return prepare.CACHE
+
+
+@pytest.fixture(scope="session")
+def forks(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """prepare.py's command line in processes of their own, unless told otherwise with the session's cache."""
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
+@pytest.fixture
+def clock() -> Iterator:
+    """What tells the time in this process; it stands still unless a test moves it."""
+    from helpers.experiments import still_clock
+
+    with still_clock() as clock:
+        yield clock
+
+
+@pytest.fixture(scope="session")
+def pool() -> list[str]:
+    """Paragraphs to make files of."""
+    from helpers.own import paragraphs
+
+    return paragraphs()
 
 
 @pytest.fixture

@@ -54,12 +54,16 @@ def back_end(name: str, seq_len: int, window: int):
         pytest.skip(f"{name} did not load: {error}")
 
 
-torchs_compiler_warns = pytest.mark.filterwarnings("ignore")
-FLEX = pytest.param("flex_attention", marks=torchs_compiler_warns)
+others_may_warn = pytest.mark.filterwarnings("ignore")
+BACK_ENDS = [
+    "sdpa_attention",
+    pytest.param("flex_attention", marks=others_may_warn),
+    pytest.param("flash_attention_3", marks=others_may_warn),
+]
 
 
 @pytest.mark.parametrize("window", [0, 1, 20, 100, 101])
-@pytest.mark.parametrize("name", ["sdpa_attention", FLEX, "flash_attention_3"])
+@pytest.mark.parametrize("name", BACK_ENDS)
 def test_attention_equals_an_explicit_mask(name, window):
     attend, device, dtype, allowed = back_end(name, 101, window)
     H = 16 if device == "cpu" else 64

@@ -3,7 +3,6 @@
 import functools
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers.experiments import CPU, StillClock, keep_cuda_busy, still_clock, toy, uniform
+from helpers.experiments import CPU, StillClock, keep_cuda_busy, toy, uniform
 from helpers.forks import Forks, Job
 from helpers.lab import CRASH, Lab
 from helpers.script import environment, load
@@ -33,12 +32,6 @@ SUMMARY = (
     "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M "
     "depth startup_seconds eval_seconds seed fingerprint attention"
 )
-
-
-@pytest.fixture
-def clock() -> Iterator[StillClock]:
-    with still_clock() as clock:
-        yield clock
 
 
 @pytest.fixture(scope="module")
@@ -412,12 +405,6 @@ def test_another_error_is_a_short_traceback(cache, capsys, frames):
     assert any(f"line {ping.__code__.co_firstlineno + 1}, in ping" in line for line in traceback)
     assert 10 < len(traceback) <= 30
     assert ("  ..." in traceback) == (frames == 200)
-
-
-@pytest.fixture(scope="module")
-def forks(cache, tmp_path_factory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
 
 
 def experiment(forks: Forks, body: str, cache: Path | None = None) -> Job:

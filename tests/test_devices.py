@@ -2,14 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.forks import Forks
 from helpers.lab import Lab
 from helpers.machine import block, on_machine, use_cpus
 from helpers.own import ready
@@ -142,7 +140,7 @@ def test_the_refusal_is_one_line(cache_copy, tmp_path):
     (cache_copy / "active-desktop").write_text(marker.read_text())
     lab = Lab.create(tmp_path / "lab")
     outcome = lab.run(AUTORESEARCH_SCALE="desktop", AUTORESEARCH_CACHE=str(cache_copy))
-    assert outcome.code == 1 and re.fullmatch(r"error: .*'small'.*'desktop'.*again\n", outcome.errors)
+    assert outcome.code == 1 and re.fullmatch(r"error: .*'small'.*'desktop'.*--data\n", outcome.errors)
 
 
 # == CPUs ====================================================================================================
@@ -235,12 +233,6 @@ def test_a_container_sees_its_group_at_the_top(groups):
     groups.is_in("4:cpu,cpuacct:/docker/0123456789ab", "0::/docker/0123456789ab")
     groups.v1("", 100_000)
     assert groups.cpus() == 1
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

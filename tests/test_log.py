@@ -6,24 +6,17 @@ The clock stands still unless a test moves it, so that every figure of a line ca
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.experiments import StillClock, keep_cuda_busy, still_clock, toy, uniform
+from helpers.experiments import StillClock, keep_cuda_busy, toy, uniform
 from torch.overrides import TorchFunctionMode
 
 import prepare
 from prepare import AutoresearchError, Experiment, Tokenizer, evaluate_bpb
 
 REMEDY = "lower the learning rates, or warm up"
-
-
-@pytest.fixture
-def clock() -> Iterator[StillClock]:
-    with still_clock() as clock:
-        yield clock
 
 
 def bytes_per_token() -> float:

@@ -12,14 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.forks import Forks
 from helpers.hub import parquet
 from helpers.lab import ROOT
 from helpers.machine import NOT_ROOT
 from helpers.own import (
     active,
     error_line,
-    paragraphs,
     read,
     ready,
     shard_texts,
@@ -36,12 +34,6 @@ import prepare
 NOT_UTF8 = os.fsdecode(b"caf\xe9")  # a name that another system wrote
 
 
-@pytest.fixture(scope="module")
-def pool() -> list[str]:
-    """Paragraphs to make files of."""
-    return paragraphs()
-
-
 @pytest.fixture
 def own(pool: list[str], tmp_path: Path) -> Path:
     """A folder of 20 texts."""
@@ -51,12 +43,6 @@ def own(pool: list[str], tmp_path: Path) -> Path:
 @pytest.fixture
 def built(tmp_path: Path) -> Path:
     return tmp_path / "built"
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory):
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
 
 
 def written(source: Path, pattern: str = "*.txt") -> str:

@@ -29,9 +29,8 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 from conftest import run, write_corpus
-from helpers.forks import Forks
 from helpers.hub import CLIMBMIX, CLIMBMIX_VALIDATION, TINYSTORIES, Hub, parquet
-from helpers.own import error_line, ready
+from helpers.own import active, error_line, ready
 from helpers.script import environment, load, main
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,12 +78,6 @@ NOT_ROOT = NOT_ROOT if os.geteuid() == 0 else ""
 def _nothing_is_left_to_other_files() -> Iterator[None]:
     yield
     gc.collect()
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
 
 
 @pytest.fixture
@@ -152,13 +145,6 @@ def jsonl(folder: Path, documents: list[str], name: str = "texts.jsonl") -> Path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return folder
-
-
-def active(cache: Path) -> prepare.Prepared:
-    """The active folder, after its files were checked against the manifest."""
-    prepared = prepare.Prepared.read(cache / (cache / "active-small").read_text())
-    prepared.verify()
-    return prepared
 
 
 def state(folder: Path) -> dict[str, object]:
@@ -772,6 +758,17 @@ def test_a_damaged_manifest_is_made_again(defect, own, small):
     assert "nothing to do" not in result.stdout
     assert json.loads(path.read_text()) == json.loads(good)
     active(own)
+
+
+def test_another_version_uses_no_old_token_file(own, small):
+    before = active(own).train_paths
+    module = load(AUTORESEARCH_CACHE=own)
+    module.LAYOUT[0] = 99
+    ready(main("--data", small, module=module, AUTORESEARCH_CACHE=own))
+    with pytest.raises(prepare.AutoresearchError, match="99.*run prepare.py again with the same --data"):
+        active(own)
+    after = sorted(before[0].parent.glob("train_*.bin"))
+    assert len(after) == len(before) and {*after}.isdisjoint(before)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter"])

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.own import (
     active,
-    paragraphs,
     python_library,
     read,
     ready,
@@ -30,12 +29,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
-
-
-@pytest.fixture(scope="module")
-def pool() -> list[str]:
-    """Paragraphs to make files of."""
-    return paragraphs()
 
 
 def files_of(text: str) -> set[int]:

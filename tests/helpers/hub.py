@@ -17,12 +17,13 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from helpers.loopback import Loopback
 
 CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{:05d}.parquet"
 CLIMBMIX_VALIDATION = CLIMBMIX.format(6542)
@@ -46,7 +47,7 @@ class Request(NamedTuple):
     status: int  # of the answer; 0 if there was none
 
 
-class Hub:
+class Hub(Loopback):
     """`files` by path, `manners` by path (an iterator, one a request), and `requests` as they came in."""
 
     def __init__(self):
@@ -54,9 +55,7 @@ class Hub:
         self.manners: dict[str, Iterator[str]] = {}
         self.requests: list[Request] = []
         self.release = threading.Event()
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.server.hub = self
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(Handler)
 
     def environment(self, cache: Path) -> dict[str, str]:
         """The variables with which prepare.py finds this hub."""
@@ -68,33 +67,14 @@ class Hub:
         self.requests.clear()
         return names
 
-    def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
-    hub: Hub
-
-    def shutdown_request(self, request: socket.socket) -> None:
-        request.close()  # without the polite shutdown: what SO_LINGER says counts
-
-    def handle_error(self, request: object, address: object) -> None:
-        pass  # the client went away
+        super().__exit__(*error)
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60
-    server: Server
 
     def log_message(self, *_: object) -> None:
         pass

@@ -8,9 +8,10 @@ Its FlashAttention-3 is written in Python, with an explicit mask, for every devi
 
 import hashlib
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from helpers.loopback import Loopback
 
 REPOSITORY = "kernels-community/flash-attn3"
 COMMIT = "1" * 40
@@ -46,7 +47,7 @@ def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
 WITHOUT_WINDOW = KERNEL.replace("if before >= 0:", "if False:")
 
 
-class KernelHub:
+class KernelHub(Loopback):
     """Serves one repository. `requests` are "METHOD path" as they came in."""
 
     def __init__(self, kernel: str = KERNEL, manner: str = "fine"):
@@ -56,9 +57,7 @@ class KernelHub:
         }
         self.manner = manner  # "silent": it never answers; "half": it lacks the code that it announces
         self.requests: list[str] = []
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.server.hub = self
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(Handler)
 
     def answer(self, path: str) -> bytes | None:
         """What is at a path, None for nothing."""
@@ -86,28 +85,13 @@ class KernelHub:
         }
         return json.dumps(answers[path]).encode() if path in answers else None
 
-    def __enter__(self) -> "KernelHub":
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
 
 def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    hub: KernelHub
-
-
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server
 
     def log_message(self, *_: object) -> None:
         pass
