@@ -137,10 +137,10 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-DOWNLOADS = "downloads"  # folder of shards as they were published
-SHARDS = "shards-2"  # folder of shards that are built here; in format 1 a file could be in both splits
 # version and scale of a prepared folder; before version 3 no document was cut at the larger scales
 LAYOUT = [3, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
+DOWNLOADS = "downloads"  # folder of shards as they were published
+SHARDS = "-".join(["shards", *map(str, LAYOUT)])  # folder of shards that are built here
 
 CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 CLIMBMIX_SHARDS = 6542  # for training, and one more, which is pinned for validation
@@ -638,7 +638,7 @@ def python_files() -> Iterator[Path]:
 
 
 def cut_python(text: str) -> Iterator[str]:
-    """Pieces of about 800 characters that end at top-level definitions, or at lines of a longer one."""
+    """Pieces of about 800 characters: cut at top-level definitions first, then longer ones at line ends."""
     for definition in cut(text, r"(?<=\n\n)(?=@|class |def |async def )", 800):
         yield from cut(definition, "\n", 800)
 
@@ -1233,7 +1233,7 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
     with published(folder / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
-    current = {*hashes, shards["val"][0].parent}  # the folder of the shards, too
+    current = {*hashes, *(path.parent for path in hashes)}
     for path in {*tokens.iterdir(), *folder.glob("shards*")} - current:  # of an older corpus
         if path.is_dir():
             shutil.rmtree(path)
@@ -1452,7 +1452,7 @@ def evaluate_bpb(model: Callable, tokenizer: Tokenizer, batch_size: int) -> floa
     device = default_device() if first is None else first.device
     rows = torch.from_numpy(tokenizer.data.rows.astype(np.int64)).to(device)
     # at most half of the rows, so that a probe's row can be chosen from two batches or more
-    batch = min(batch_size, LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)
+    batch = min(max(1, batch_size), LOGITS_BYTES // (4 * MAX_SEQ_LEN * VOCAB_SIZE), len(rows) // 2)
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
@@ -1871,7 +1871,7 @@ def described(runs: list[Run]) -> str:
 
 @dataclass(frozen=True)
 class Notebook:
-    """The record of an experiment that is under way. Branch, index and work tree are never touched."""
+    """The record of an experiment that is under way. Branch, index and tracked files are never touched."""
 
     run: Run
     head: str  # commit
@@ -2143,8 +2143,8 @@ class Experiment:
     """One run of train.py: `with Experiment(description) as run:` around all of it.
 
     run.steps() is the clock, run.log() the line of progress; evaluate_bpb ends the training; run.summary()
-    prints the result. With a description the run is recorded and judged, without one its score is printed and
-    that is all. `run.exit_code` is 0 if there is a score, recorded if it was to be.
+    prints the result. With a description a run of train.py is recorded and judged, without one its score is
+    printed and that is all. `run.exit_code` is 0 if there is a score, recorded if it was to be.
     """
 
     def __init__(self, description: str = ""):

@@ -771,6 +771,26 @@ def test_another_version_uses_no_old_token_file(own, small):
     assert len(after) == len(before) and {*after}.isdisjoint(before)
 
 
+def test_a_corpus_may_fetch_and_build(passages, tmp_path):
+    """Such as somebody adds: one split in DOWNLOADS, the other in SHARDS."""
+    module = load(AUTORESEARCH_CACHE=tmp_path)
+
+    def mixed(folder: Path, options: object) -> dict[str, list[Path]]:
+        shards = module.build_shards(
+            folder / module.SHARDS, module.split_sources([text] for text in passages)
+        )
+        fetched = folder / module.DOWNLOADS / "validation.parquet"
+        fetched.parent.mkdir(exist_ok=True)
+        shutil.copy(shards["val"][0], fetched)
+        return shards | {"val": [fetched]}
+
+    module.CORPORA["mixed"] = mixed
+    ready(main("--data", "mixed", module=module, AUTORESEARCH_CACHE=tmp_path))
+    again = main("--data", "mixed", module=module, AUTORESEARCH_CACHE=tmp_path)
+    ready(again)
+    assert "nothing to do" in again.stdout
+
+
 @pytest.mark.parametrize("damage", ["missing", "shorter"])
 @pytest.mark.parametrize("kind", ["shards", "tokens"])
 @pytest.mark.slow
