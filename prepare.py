@@ -1013,8 +1013,9 @@ def longest_document(shard: Path) -> int:
 
     At the scales with published results the documents of published shards stay whole, as they were there.
     """
-    stays_whole = shard.parent.name == DOWNLOADS and SCALE != "small"
-    return sys.maxsize if stays_whole else MAX_SEQ_LEN
+    if shard.parent.name == DOWNLOADS and SCALE != "small":
+        return sys.maxsize
+    return MAX_SEQ_LEN
 
 
 def tokenize(
@@ -1233,7 +1234,8 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
     with published(folder / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
-    current = {*hashes, *(path.parent for path in hashes)}
+    current = set(hashes)
+    current.update(path.parent for path in hashes)
     for path in {*tokens.iterdir(), *folder.glob("shards*")} - current:  # of an older corpus
         if path.is_dir():
             shutil.rmtree(path)
@@ -2271,8 +2273,10 @@ class Experiment:
         }
         if log.tokens:
             share = log.tokens / self.data.train_tokens
-            reached = f", up to epoch {log.epoch}" if log.epoch else ""
-            print(f"read {log.tokens:,} tokens, {share:.2f} of the corpus{reached}")
+            read = f"read {log.tokens:,} tokens, {share:.2f} of the corpus"
+            if log.epoch:
+                read += f", up to epoch {log.epoch}"
+            print(read)
         print("---", self._summary(), sep="\n", flush=True)
 
     def _summary(self) -> str:
