@@ -932,7 +932,7 @@ class Tokenizer:
         has_bytes = {bytes([i]) for i in range(256)} < ranks.keys()
         if not has_bytes or list(ranks.values()) != list(range(self.bos)):
             found = f"{path}: no tokenizer of {VOCAB_SIZE:,}"
-            raise AutoresearchError(f"{found}; delete it and run prepare.py again")
+            raise AutoresearchError(f"{found}; delete it and {PREPARE_AGAIN}")
         special = {name: self.bos + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
@@ -1235,7 +1235,7 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
         file.write(json.dumps(manifest, indent=1).encode())
 
     current = set(hashes)
-    current.update(path.parent for path in hashes)
+    current.update(path.parent for path in hashes)  # a folder of shards is removed as a whole
     for path in {*tokens.iterdir(), *folder.glob("shards*")} - current:  # of an older corpus
         if path.is_dir():
             shutil.rmtree(path)

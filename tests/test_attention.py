@@ -54,7 +54,7 @@ def back_end(name: str, seq_len: int, window: int):
         pytest.skip(f"{name} did not load: {error}")
 
 
-others_may_warn = pytest.mark.filterwarnings("ignore")
+others_may_warn = pytest.mark.filterwarnings("ignore")  # torch's compiler, and the kernel of the hub
 BACK_ENDS = [
     "sdpa_attention",
     pytest.param("flex_attention", marks=others_may_warn),
