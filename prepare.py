@@ -42,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple, TextIO
 
 import filelock
@@ -1331,14 +1332,13 @@ class Clock:
             raise MetricError("run.steps() was called twice; a run has one clock")
         is_cuda = self.device.type == "cuda"
         this_step_done = None
-        last_seconds = 0.0
-        second_last_seconds = 0.0
+        last_two = deque([0.0, 0.0], maxlen=2)  # seconds that the last two steps took
         self.synchronize()
         seen_s = self.started_s = time.perf_counter()  # when the host last saw the end of a step
         for step in itertools.count():
             # The next step is expected to take as long as the shorter of the last two, so that a single slow
             # one does not end the run. Until two steps are done it is 0, since the first one may be special.
-            next_seconds = min(last_seconds, second_last_seconds)
+            next_seconds = min(last_two)
             elapsed = seen_s - self.started_s
             if is_cuda and step > 2:
                 elapsed += next_seconds  # for the step before this one, which still runs
@@ -1353,10 +1353,9 @@ class Clock:
                 last_step_done.synchronize()
             else:
                 self.synchronize()
-            seen_before_s = seen_s
-            seen_s = time.perf_counter()
-            second_last_seconds = last_seconds
-            last_seconds = seen_s - seen_before_s
+            now_s = time.perf_counter()
+            last_two.append(now_s - seen_s)
+            seen_s = now_s
 
     def require_running(self) -> None:
         """Raise AutoresearchError if an Experiment has begun and its clock has not started."""
@@ -1546,25 +1545,37 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
     """
     T = MAX_SEQ_LEN
     rng = np.random.default_rng(0)
-    choose_row = RowChooser(rows.cpu().numpy(), batch, rng)
+    tokens = rows.cpu().numpy()
+    worth = np.bincount(tokens.ravel(), minlength=VOCAB_SIZE).astype(float)
+
+    def choose_row(place: int, cut: int) -> int:
+        """One of the rows that were scored at this place of a batch: the one with the commonest token before
+        the cut that was not probed yet.
+
+        A leak may open after one particular token only. After a common one it would move the score most, so
+        common ones come first; PROBES is large enough to reach rare ones, too.
+        """
+        candidates = place + batch * rng.permutation(len(rows) // batch)
+        before_cut = tokens[candidates, cut - 1]
+        best = worth[before_cut].argmax()
+        worth[before_cut[best]] *= 1e-6  # not to 0: when all were probed, the commonest is the first again
+        return candidates[best]
+
     cuts = probe_cuts(rng)
     calls = math.ceil(len(cuts) / batch)
     for cut_B in np.resize(cuts, (calls, batch)):  # the last call is filled up with the first cuts
         probed_B = np.array([choose_row(place, cut) for place, cut in enumerate(cut_B)])
         other_B = (probed_B + rng.integers(1, len(rows))) % len(rows)  # never the row itself
         before_cut_BT = torch.from_numpy(np.arange(T) < cut_B[:, None]).to(rows.device)
-        probed = torch.from_numpy(probed_B).to(rows.device)
-        other = torch.from_numpy(other_B).to(rows.device)
-        inputs = torch.where(before_cut_BT, rows[probed, :-1], rows[other, :-1])
-        change_BT = (token_losses(model, rows[probed], inputs) - losses[probed]).abs() * before_cut_BT
+        inputs = torch.where(before_cut_BT, rows[probed_B, :-1], rows[other_B, :-1])
+        change_BT = (token_losses(model, rows[probed_B], inputs) - losses[probed_B]).abs() * before_cut_BT
         largest = change_BT.max().item()
         if not largest <= allowed:
             place, position = divmod(int(change_BT.argmax()), T)
             found = f"the prediction at position {position} moves by {largest:.3g} nat"
             where = f"when inputs from position {cut_B[place]} on and other rows are replaced"
-            raise MetricError(
-                f"{found}, more than {allowed:.3g}, {where}; a model must see only the past of its own row"
-            )
+            remedy = "a model must see only the past of its own row"
+            raise MetricError(f"{found}, more than {allowed:.3g}, {where}; {remedy}")
 
 
 def probe_cuts(rng: np.random.Generator) -> np.ndarray:
@@ -1572,29 +1583,6 @@ def probe_cuts(rng: np.random.Generator) -> np.ndarray:
     T = MAX_SEQ_LEN
     spread = 1 + ((np.arange(PROBES) + rng.random(PROBES)) * (T - 1) / PROBES).astype(int)
     return rng.permutation([*spread, *range(T - 10, T)])
-
-
-class RowChooser:
-    """Chooses the row of a probe, so that the token before the cut is a common one that was not probed yet.
-
-    A leak may open after one particular token only. After a common one it would move the score most, so
-    common ones come first; PROBES is large enough to reach rare ones, too.
-    """
-
-    def __init__(self, tokens: np.ndarray, batch: int, rng: np.random.Generator):
-        self.tokens = tokens  # (rows, T+1)
-        self.batch = batch
-        self.rng = rng
-        self.worth = np.bincount(tokens.ravel(), minlength=VOCAB_SIZE).astype(float)
-
-    def __call__(self, place: int, cut: int) -> int:
-        """One of the rows that were scored at this place of a batch, for a probe at the same place."""
-        candidates = place + self.batch * self.rng.permutation(len(self.tokens) // self.batch)
-        before_cut = self.tokens[candidates, cut - 1]
-        best = self.worth[before_cut].argmax()
-        # not to 0: when all have been probed, the commonest is the first again
-        self.worth[before_cut[best]] *= 1e-6
-        return candidates[best]
 
 
 # == Notebook ================================================================================================
@@ -1721,16 +1709,6 @@ def history() -> dict[str, str]:
     return {commit: answer.split()[0] for commit, answer in zip(commits, answers, strict=True)}
 
 
-def current_branch() -> str:
-    try:
-        return git("symbolic-ref", "-q", "--short", "HEAD")
-    except subprocess.CalledProcessError as error:
-        if error.stderr:  # with -q a HEAD without a branch is no complaint
-            raise
-        found = "HEAD is on no branch, what is kept could be lost"
-        raise AutoresearchError(f"{found}; make one: git switch -c autoresearch/TAG") from None
-
-
 def from_here(command: str) -> str:
     """The command as it works in the folder in which the user is."""
     if command.startswith("#") or Path.cwd() == HERE:
@@ -1741,10 +1719,9 @@ def from_here(command: str) -> str:
 # -- the record
 
 
-def read_runs() -> tuple[list[Run], list[str]]:
-    """All runs of the repository in the order of their starts, and a line for each ref that is no record."""
+def read_runs(is_again: bool = False) -> list[Run]:
+    """All runs of the repository in the order of their starts; a note names each ref that is no record."""
     runs = []
-    complaints = []
     refs = git("for-each-ref", "--format=%(objectname) %(objectname:short) %(refname)", REFS).splitlines()
     objects = read_objects([line.split()[0] for line in refs])
     for line in refs:
@@ -1753,25 +1730,20 @@ def read_runs() -> tuple[list[Run], list[str]]:
             _, _, text = objects[name].partition("\n\n")
             runs.append(Run.parse(text)._replace(commit=commit, ref=ref))
         except (KeyError, ValueError, TypeError):
-            complaints.append(f"{ref} cannot be read, or is not the record of a run; it is left out")
-    return runs, complaints
+            if not is_again:
+                print(f"note: {ref} cannot be read, or is not the record of a run; it is left out")
+    return runs
 
 
 def read_objects(names: list[str]) -> dict[str, str]:
     """{name: text} of git objects, without those that cannot be read."""
     try:
-        return read_batch(names)
-    except subprocess.CalledProcessError:  # git ends at the first damaged one, so each is asked for alone
-        objects = {}
-        for name in names:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                objects |= read_batch([name])
-        return objects
-
-
-def read_batch(names: list[str]) -> dict[str, str]:
-    """The same in one call; raises CalledProcessError."""
-    answers = io.BytesIO(git_bytes("cat-file", "--batch", input="\n".join(names).encode()))
+        answers = io.BytesIO(git_bytes("cat-file", "--batch", input="\n".join(names).encode()))
+    except subprocess.CalledProcessError:  # git ends at the first damaged one: look for it in both halves
+        half = len(names) // 2
+        if not half:
+            return {}
+        return read_objects(names[:half]) | read_objects(names[half:])
     objects = {}
     for name in names:
         header = answers.readline().split()  # name, type and size; or name and `missing`
@@ -1797,8 +1769,7 @@ def write_results(runs: Iterable[Run]) -> None:
 
 def time_stamp() -> str:
     """UTC, to the millisecond: names that begin with it are in the order of time."""
-    now = datetime.now(timezone.utc)
-    return now.strftime("%Y%m%dT%H%M%S") + f".{now.microsecond // 1000:03d}Z"
+    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")[:-3] + "Z"
 
 
 # -- the verdict
@@ -1812,7 +1783,7 @@ def judge(candidate: list[float], incumbent: list[float], sigma: float) -> tuple
     only the first two: more repeats cannot make it win. A gain must repeat, unless it is beyond doubt.
     """
     candidate = candidate[:2]
-    gain = mean(incumbent) - mean(candidate)
+    gain = fmean(incumbent) - fmean(candidate)
     se = sigma * math.sqrt(1 / len(incumbent) + 1 / len(candidate))
     if gain <= 0:
         status = "discard"
@@ -1825,11 +1796,6 @@ def judge(candidate: list[float], incumbent: list[float], sigma: float) -> tuple
     return status, gain, se
 
 
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def pooled_sigma(groups: Iterable[list[float]], default: float) -> float:
     """Standard deviation between seeds: squares about each group's mean, over n - 1.
 
@@ -1837,11 +1803,8 @@ def pooled_sigma(groups: Iterable[list[float]], default: float) -> float:
     the last three groups count: a weak model at the beginning of a night is ten times as noisy.
     """
     repeated = [group for group in groups if len(group) > 1][-3:]
-    squares = 4 * default**2
-    freedom = 4
-    for group in repeated:
-        squares += sum((value - mean(group)) ** 2 for value in group)
-        freedom += len(group) - 1
+    squares = 4 * default**2 + sum(len(group) * np.var(group) for group in repeated)
+    freedom = 4 + sum(len(group) - 1 for group in repeated)
     return math.sqrt(squares / freedom)
 
 
@@ -1890,8 +1853,10 @@ class Notebook:
         Raises AutoresearchError for a run that could not be compared, OSError or CalledProcessError for one
         that could not be recorded.
         """
-        stamp = time_stamp()
-        branch = current_branch()
+        branch = git("branch", "--show-current")
+        if not branch:
+            found = "HEAD is on no branch, what is kept could be lost"
+            raise AutoresearchError(f"{found}; make one: git switch -c autoresearch/TAG")
         head, incumbent, ground = git("rev-parse", "HEAD", "HEAD:./train.py", "HEAD:./prepare.py").split()
         found = git("hash-object", "prepare.py")
         if found != ground:
@@ -1903,9 +1868,7 @@ class Notebook:
             left_by_a_killed_run.unlink(missing_ok=True)
         code = git("hash-object", "-w", "--path", "train.py", "--stdin", input=running_source())
 
-        runs, complaints = read_runs()
-        for complaint in complaints:
-            print(f"note: {complaint}")
+        runs = read_runs()
         finished = {run.seed for run in comparable(runs, fingerprint).get(code, [])}
         next_seed = next(number for number in itertools.count(42) if number not in finished)
         run = Run(
@@ -1920,29 +1883,22 @@ class Notebook:
         tree = tree_with(code, head, folder)
         message = run.message("nan (unfinished)", "The run goes on, or it was killed.\n")
         unfinished, commit = make_commit(tree, head, message)
-        run = run._replace(commit=commit, ref=f"{REFS}{stamp}-{commit}")
+        run = run._replace(commit=commit, ref=f"{REFS}{time_stamp()}-{commit}")
         write_results([*runs, run])  # first, because it may fail
         git("update-ref", run.ref, unfinished, "")  # the empty text: the ref must not exist yet
-
-        notebook = cls(run, head, incumbent, tree, unfinished, seed is not None, lock)
         others = git("diff", "--name-only", "HEAD", "--", ":/", ":!train.py").split("\n")
         if others[0]:
             print("note: other edits are left alone:", " ".join(others)[:200])
-        if seed is None and not notebook.can_be_judged(runs):
-            remedy = from_here(notebook.remedy(runs, commit))
-            print(f"note: HEAD's train.py has no score, so this run cannot be judged; {remedy}")
-        return notebook
+        return cls(run, head, incumbent, tree, unfinished, seed is not None, lock)
 
     @property
     def is_baseline(self) -> bool:
         return self.run.code == self.incumbent
 
     def close(self, outcome: Outcome) -> Verdict:
-        """Judge the run, put the commit with its outcome in place of the unfinished one, say what comes next.
-
-        The record is read again: other work trees may have measured something in the meantime.
-        """
-        others = [run for run in read_runs()[0] if run.ref != self.run.ref]
+        """Judge the run, replace the unfinished commit by one with the outcome, say what comes next."""
+        # read again: other work trees may have measured something in the meantime
+        others = [run for run in read_runs(is_again=True) if run.ref != self.run.ref]
         failure, val_bpb, steps, memory_gb, seconds, details = outcome
         run = self.run._replace(val_bpb=val_bpb, steps=steps, memory_gb=memory_gb, seconds=seconds)
         status, number, reason = failure, f"nan ({failure})", ""
@@ -1968,12 +1924,12 @@ class Notebook:
         shown = f"{run.val_bpb:.6f}"
         if self.seed_is_chosen:
             return "reproduced", f"{shown} (seed {run.seed})", "SEED is set, so this run is not judged"
-        if not self.can_be_judged(others):
+        if self.remedy(others, run.commit):
             return "unjudged", f"{shown} (unjudged)", "HEAD's train.py has no score to compare with"
         groups = comparable([*others, run], run.fingerprint)
         mine = groups[run.code]
         if self.is_baseline:
-            reason = f"this is HEAD's train.py, mean {mean(scores(mine)):.6f} of {len(mine)} run(s)"
+            reason = f"this is HEAD's train.py, mean {fmean(scores(mine)):.6f} of {len(mine)} run(s)"
             return "keep" if len(mine) == 1 else "baseline", shown, reason
         if self.incumbent not in groups:
             return "keep", f"{shown} (first score)", "HEAD's train.py never had a score"
@@ -1982,47 +1938,34 @@ class Notebook:
         status, gain, _ = judge(scores(mine), scores(theirs), sigma)
         mine = mine[:2]
         reason = f"{described(mine)} against {described(theirs)}; gain {gain:+.6f}, sigma {sigma:.4f}"
-        ratio = mean(run.steps for run in mine) / max(1, mean(run.steps for run in theirs))
+        ratio = fmean(run.steps for run in mine) / max(1, fmean(run.steps for run in theirs))
         if ratio and not 0.95 <= ratio <= 1.05:
             again = from_here("uv run train.py baseline")
             doubt = "unless the idea takes or saves time, the machine changed its speed"
             reason += f"\n{ratio:.2f} times as many steps as HEAD's train.py: {doubt}"
             reason += f"; when this idea is decided, measure the branch again: {again}"
         seeds = "2 seeds" if len(mine) == 2 else "1 seed"
-        return status, f"{mean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
-
-    def can_be_judged(self, runs: list[Run]) -> bool:
-        """Whether there is something to judge this run by: as a rule, a score of HEAD's train.py.
-
-        Without one, unless an ancestor's score is to be compared with, a run can be judged in two cases: it
-        runs HEAD's train.py itself, or HEAD's train.py was run before and failed: any score is better.
-        """
-        if self.incumbent in comparable(runs, self.run.fingerprint):
-            return True
-        if self.measured_ancestor(runs):
-            return False
-        for run in runs:
-            was_tried = (run.code, run.fingerprint) == (self.incumbent, self.run.fingerprint)
-            if was_tried and run.status in ("crash", "invalid", "timeout"):
-                return True
-        return self.is_baseline
-
-    def measured_ancestor(self, runs: list[Run]) -> str:
-        """The newest commit with a score to compare with, if HEAD was committed by hand; otherwise "".
-
-        What a verdict committed has a score, maybe of another corpus or budget; other commits have none.
-        """
-        incumbents = [run for run in runs if run.code == self.incumbent and run.status != "reproduced"]
-        if any(run.has_score for run in incumbents):
-            return ""
-        measured = comparable(runs, self.run.fingerprint)
-        return next((commit for commit, code in history().items() if code in measured), "")
+        return status, f"{fmean(scores(mine)):.6f} ({-gain:+.6f}, {seeds})", reason
 
     def remedy(self, runs: list[Run], commit: str) -> str:
-        """The command that brings a score to be judged by; `commit` holds the train.py of this run."""
-        ancestor = self.measured_ancestor(runs)
-        if ancestor:
-            return f"git reset --soft {ancestor}"
+        """The command that brings a score to judge this run by; "" if it can be judged.
+
+        It can if HEAD's train.py has a score. If that never had any, HEAD was committed by hand, and the
+        score of an ancestor is to be compared with: what a verdict committed has a score, maybe of another
+        corpus or budget. Otherwise any score is a beginning in two cases: this run is HEAD's train.py itself,
+        or that was run before and failed. `commit` holds the train.py of this run.
+        """
+        measured = comparable(runs, self.run.fingerprint)
+        if self.incumbent in measured:
+            return ""
+        incumbents = [run for run in runs if run.code == self.incumbent and run.status != "reproduced"]
+        if not any(run.has_score for run in incumbents):
+            for ancestor, code in history().items():
+                if code in measured:
+                    return f"git reset --soft {ancestor}"
+        failed = [run for run in incumbents if run.status in ("crash", "invalid", "timeout")]
+        if self.is_baseline or any(run.fingerprint == self.run.fingerprint for run in failed):
+            return ""
         bring_back = f"git restore -s {commit} train.py"
         return f"git restore -SW train.py && {{ uv run train.py baseline; {bring_back}; }}"
 
@@ -2076,7 +2019,7 @@ def running_source() -> bytes:
 
 
 class TrainingLog:
-    """The line of progress. Each loss is read two steps late, so that the host never waits for the device."""
+    """`run.log`: the line of progress. Losses are read two steps late, so that the host never waits."""
 
     def __init__(self, device: torch.device, bytes_per_token: float):
         self.is_cuda = device.type == "cuda"
@@ -2084,6 +2027,7 @@ class TrainingLog:
         self.peak_flops = 1e12 * PEAK_TFLOPS.get(name, 0.0)
         self.bytes_per_token = bytes_per_token
         self.losses = torch.zeros(4, pin_memory=self.is_cuda)
+        self.checked = 0  # losses that have been read
         self.average_loss = math.nan
         self.steps = 0
         self.tokens = 0
@@ -2091,31 +2035,30 @@ class TrainingLog:
         self.flops = 0.0
         self.shown = np.zeros(4)  # seconds, steps, tokens and FLOPs at the last line
 
-    def add(self, loss: torch.Tensor, tokens: int, flops_per_token: float, lr_frac: float, epoch: int):
-        """See Experiment.log."""
+    def __call__(self, loss: torch.Tensor, tokens=0, flops_per_token=0.0, lr_frac=math.nan, epoch=0) -> None:
+        """Report a step: its mean loss, 0-D in nats, and what it consisted of. A line comes every 10 s.
+
+        Raises AutoresearchError if the loss of two steps ago is not a number or has exploded. A run that
+        never logs is scored all the same.
+        """
         self.losses[self.steps % 4].copy_(loss.detach(), non_blocking=self.is_cuda)
-        if self.steps >= 2:
-            self.check(self.steps - 2)
+        self.check(self.steps - 1)
         self.steps += 1
         self.tokens += tokens
         self.epoch = epoch
         self.flops += tokens * flops_per_token
-        has_loss = self.steps > 2
-        if has_loss and CLOCK.elapsed_seconds - self.shown[0] >= LOG_SECONDS:
+        if self.checked and CLOCK.elapsed_seconds - self.shown[0] >= LOG_SECONDS:
             self.show(lr_frac)
 
-    def check(self, step: int) -> None:
-        """Raise AutoresearchError if the loss of this step is not a number, or has exploded."""
-        loss = self.losses[step % 4].item()
-        if not (math.isfinite(loss) and loss <= LOSS_LIMIT):
-            found = f"step {step}: the loss is {loss:.4g}, not a number up to {LOSS_LIMIT}"
-            raise AutoresearchError(f"{found}; lower the learning rates, or warm up")
-        self.average_loss = loss if math.isnan(self.average_loss) else 0.9 * self.average_loss + 0.1 * loss
-
-    def check_last(self) -> None:
-        """Check the losses that have not been read when the loop ends."""
-        for step in range(max(0, self.steps - 2), self.steps):
-            self.check(step)
+    def check(self, steps: int) -> None:
+        """Read the losses of the first `steps`; AutoresearchError if one is not a number, or has exploded."""
+        for step in range(self.checked, steps):
+            loss = self.losses[step % 4].item()
+            if not (math.isfinite(loss) and loss <= LOSS_LIMIT):
+                found = f"step {step}: the loss is {loss:.4g}, not a number up to {LOSS_LIMIT}"
+                raise AutoresearchError(f"{found}; lower the learning rates, or warm up")
+            self.average_loss = 0.9 * self.average_loss + 0.1 * loss if step else loss
+            self.checked = step + 1
 
     def show(self, lr_frac: float) -> None:
         elapsed = CLOCK.elapsed_seconds
@@ -2150,14 +2093,15 @@ class Experiment:
     """
 
     def __init__(self, description: str = ""):
-        self.description = one_line(description)
+        text = description.encode("utf-8", "replace").decode()  # without lone surrogates
+        self.description = " ".join(text.split())
+        if len(self.description) > 200:
+            print("note: the description is cut after 200 characters", flush=True)
+            self.description = self.description[:200].rstrip()
         self.device = default_device()
-        self.seed = 42
         self.exit_code = 1
-        self.fingerprint = "none"
         self.notebook: Notebook | None = None
-        self.told = {}  # what train.py knows of the result
-        self.attention = "n/a"  # its back end; shown, but no part of the fingerprint
+        self.told: dict[str, float | str] = {}  # what train.py knows of the result
         self.has_ended = threading.Event()
         self.finishing = threading.Lock()
         self.stderr = sys.__stderr__ or open(os.devnull, "w")  # a shell can close it
@@ -2184,14 +2128,17 @@ class Experiment:
         tokenizer = Tokenizer.from_directory()
         self.data = tokenizer.data
         self.fingerprint = self.data.fingerprint(self.device)
-        chosen_seed = seed_from_environment()
-        self.seed = self.seed if chosen_seed is None else chosen_seed
+        chosen_seed = os.environ.get("SEED")
+        if chosen_seed is not None and not re.fullmatch(r"\d{1,9}", chosen_seed):
+            raise AutoresearchError(f"SEED is {chosen_seed!r}, not 1 to 9 digits; unset it")
+        self.seed = int(chosen_seed or 42)
         CLOCK.begin(self.device, self.seed, self.data)
         bytes_per_token = tokenizer.token_bytes[self.data.rows[:, 1:]].double().mean().item()
-        self.training_log = TrainingLog(self.device, bytes_per_token)
+        self.log = TrainingLog(self.device, bytes_per_token)
         if self.description and Path(sys.argv[0]).resolve() == HERE / "train.py":
             try:
-                self.notebook = Notebook.open(self.description, self.fingerprint, chosen_seed)
+                seed = None if chosen_seed is None else self.seed
+                self.notebook = Notebook.open(self.description, self.fingerprint, seed)
             except (OSError, subprocess.CalledProcessError) as error:
                 remedy = "fix that, or run without a description, which records nothing"
                 raise AutoresearchError(f"the run cannot be recorded: {cause(error)}; {remedy}") from None
@@ -2227,74 +2174,44 @@ class Experiment:
         self.data_check.result()
         yield from CLOCK.steps()
         CLOCK.synchronize()
-        self.training_log.check_last()
+        self.log.check(self.log.steps)
 
-    def log(
-        self,
-        loss: torch.Tensor,
-        tokens: int = 0,
-        flops_per_token: float = 0.0,
-        lr_frac: float = math.nan,
-        epoch: int = 0,
-    ) -> None:
-        """Report a step: its mean loss, 0-D in nats, and what it consisted of. A line comes every 10 s.
+    def summary(self, **told: float | str) -> None:
+        """Print `---` and the result, `key: value` lines.
 
-        Raises AutoresearchError if the loss of two steps ago is not a number or has exploded. A run that
-        never logs is scored all the same.
+        What train.py tells: num_params_M, depth, attention (its back end), otherwise "n/a"; and mfu_percent,
+        total_tokens_M, num_steps, otherwise as logged. Other keys are ignored.
         """
-        self.training_log.add(loss, tokens, flops_per_token, lr_frac, epoch)
-
-    def summary(
-        self,
-        mfu_percent: float | str | None = None,
-        total_tokens_M: float | str | None = None,
-        num_steps: int | None = None,
-        num_params_M: float | str = "n/a",
-        depth: int | str = "n/a",
-        attention: str = "n/a",
-    ) -> None:
-        """Print `---` and the result, `key: value` lines. What is left out is as logged, or "n/a"."""
-        log = self.training_log
-        if mfu_percent is None:
-            mfu_percent = log.mfu(log.flops, CLOCK.training_seconds)
-        elif isinstance(mfu_percent, float):
-            mfu_percent = f"{mfu_percent:.2f}"
-        if total_tokens_M is None:
-            total_tokens_M = log.tokens / 1e6 if log.tokens else "n/a"
-        if num_steps is None:
-            num_steps = log.steps or "n/a"
-        self.attention = attention
-        self.told = {
-            "mfu_percent": mfu_percent,
-            "total_tokens_M": total_tokens_M,
-            "num_steps": num_steps,
-            "num_params_M": num_params_M,
-            "depth": depth,
-        }
+        self.told = told
+        log = self.log
         if log.tokens:
             share = log.tokens / self.data.train_tokens
-            read = f"read {log.tokens:,} tokens, {share:.2f} of the corpus"
-            if log.epoch:
-                read += f", up to epoch {log.epoch}"
-            print(read)
+            print(f"read {log.tokens:,} tokens, {share:.2f} of the corpus, up to epoch {log.epoch}")
         print("---", self._summary(), sep="\n", flush=True)
 
     def _summary(self) -> str:
+        log = self.log
+        told = self.told
         values = {
             "val_bpb": f"{CLOCK.val_bpb:.6f}",
             "training_seconds": CLOCK.training_seconds,
             "total_seconds": CLOCK.total_seconds,
             "peak_vram_mb": peak_memory_mb(self.device),
-            **self.told,
+            "mfu_percent": told.get("mfu_percent", log.mfu(log.flops, CLOCK.training_seconds)),
+            "total_tokens_M": told.get("total_tokens_M", log.tokens / 1e6 or "n/a"),
+            "num_steps": told.get("num_steps", log.steps or "n/a"),
+            "num_params_M": told.get("num_params_M", "n/a"),
+            "depth": told.get("depth", "n/a"),
             "startup_seconds": CLOCK.started_s - CLOCK.begun_s,
             "eval_seconds": CLOCK.finished_s - CLOCK.stopped_s,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
-            "attention": self.attention,
+            "attention": told.get("attention", "n/a"),
         }
         lines = []
         for key, value in values.items():
-            shown = f"{value:.1f}" if isinstance(value, float) else value
+            digits = 2 if key == "mfu_percent" else 1
+            shown = f"{value:.{digits}f}" if isinstance(value, float) else value
             lines.append(f"{key + ':':<18}{shown}")
         return "\n".join(lines)
 
@@ -2314,7 +2231,10 @@ class Experiment:
         elif error:
             failure = "crash"
             if not isinstance(error, AutoresearchError):
-                message = shortened_traceback(kind, error, trace)
+                lines = "".join(traceback.format_exception(error)).splitlines()
+                if len(lines) > 30:  # an agent reads the end of the log
+                    lines[5:-24] = ["  ..."]
+                message = "\n".join(lines)
         self._finish(failure, message)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -2342,7 +2262,7 @@ class Experiment:
         outcome = Outcome(
             failure=failure,
             val_bpb=math.nan if failure else CLOCK.val_bpb,
-            steps=steps if isinstance(steps, int) else self.training_log.steps,
+            steps=steps if isinstance(steps, int) else self.log.steps,
             memory_gb=peak_memory_mb(self.device) / 1024,
             seconds=CLOCK.total_seconds,
             details=f"{self._summary()}\n\n{message}",
@@ -2360,118 +2280,62 @@ class Experiment:
             print(f"status: {verdict.status:<11} next: {verdict.next}", flush=True)
 
 
-def one_line(description: str) -> str:
-    """A description without line ends, of 200 characters at most."""
-    text = description.encode("utf-8", "replace").decode().replace("\ufffd", "?")
-    line = " ".join(text.split())
-    if len(line) > 200:
-        print("note: the description is cut after 200 characters", flush=True)
-    return line[:200].rstrip()
-
-
-def seed_from_environment() -> int | None:
-    text = os.environ.get("SEED")
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise AutoresearchError(f"SEED is {text!r}, not 1 to 9 digits; unset it")
-    return int(text)
-
-
-def shortened_traceback(kind: type, error: BaseException, trace: object) -> str:
-    """At most 30 lines: an agent reads the end of the log."""
-    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
-    if len(lines) > 30:
-        lines[5:-24] = ["  ..."]
-    return "\n".join(lines)
-
-
 # == Report ==================================================================================================
-
-
-class Night(NamedTuple):
-    """The runs of a repository, by number from 1 up; scores compare only between those of one fingerprint."""
-
-    branch: str  # on which the reader is
-    runs: dict[int, Run]
-    alike: dict[int, Run]  # those that compare with this branch's newest one
-    kept: dict[int, Run]  # their train.py stands in HEAD's history
-    levels: dict[int, float]  # val_bpb of the kept ones, a mean over their seeds
 
 
 def report() -> None:
     """Say on the terminal how the night went, and draw it as progress.png."""
     try:
-        runs, complaints = read_runs()
+        runs = read_runs()
         codes = set(history().values())
-        branch = git("rev-parse", "--abbrev-ref", "HEAD")
+        branch = git("branch", "--show-current")
     except (OSError, subprocess.CalledProcessError) as error:
         raise AutoresearchError(f"there is no record to report: {cause(error)}") from None
-    for complaint in complaints:
-        print(f"note: {complaint}")
     if not runs:
         raise AutoresearchError(f"{HERE}: no experiments yet; run: uv run train.py baseline")
     write_results(runs)
-    night = look_back(runs, codes, branch)
-    print_night(night)
+    newest = [run for run in runs if run.branch == branch] or runs
+    fingerprint = newest[-1].fingerprint
+    alike = [run for run in runs if run.fingerprint == fingerprint]
+    groups = comparable(runs, fingerprint)
+    kept = []  # for each code in HEAD's history its run with status keep, otherwise its first
+    for code in groups.keys() & codes:
+        merged = [run for run in groups[code] if run.status == "keep"]
+        kept.append((merged or groups[code])[0])
+    kept.sort(key=lambda run: run.ref)
+    levels = [fmean(scores(groups[run.code])) for run in kept]
+    print_night(runs, alike, kept, levels)
     print_branches(runs)
     try:
-        draw(night)
+        draw(alike, kept, levels)
         print(f"\nchart: {HERE / 'progress.png'}")
     except ImportError:
         print("\nno chart: matplotlib is not installed; uv sync brings it")
 
 
-def look_back(runs: list[Run], codes: set[str], branch: str) -> Night:
-    numbered = dict(enumerate(runs, 1))
-    newest = [run for run in runs if run.branch == branch] or runs
-    fingerprint = newest[-1].fingerprint
-    alike = {number: run for number, run in numbered.items() if run.fingerprint == fingerprint}
-    groups = comparable(runs, fingerprint)
-    number_of_code = {}  # for each code the number of its run with status keep, otherwise of its first run
-    for number, run in alike.items():
-        if run.code in codes and run.code in groups and run.has_score:
-            if run.code not in number_of_code or run.status == "keep":
-                number_of_code[run.code] = number
-    kept = {number: alike[number] for number in sorted(number_of_code.values())}
-    levels = {number: mean(scores(groups[run.code])) for number, run in kept.items()}
-    return Night(branch, numbered, alike, kept, levels)
-
-
-def print_night(night: Night) -> None:
-    runs = list(night.runs.values())
+def print_night(runs: list[Run], alike: list[Run], kept: list[Run], levels: list[float]) -> None:
+    """Counts of all runs, then the kept ones with their scores (`levels`); `alike` runs can be compared."""
     hours = sum(run.seconds for run in runs) / 3600
     failed = sum(not run.has_score for run in runs)
-    dropped = len(runs) - failed - len(night.kept)
+    dropped = len(runs) - failed - len(kept)
     pace = f"{hours:.1f} hours of running, {len(runs) / max(hours, 1e-3):.1f} per hour"
     print(f"{len(runs)} experiments in {pace}")
-    print(f"{len(night.kept)} kept, {dropped} dropped or repeated, {failed} without a score")
-    others = len(runs) - len(night.alike)
-    if others:
+    print(f"{len(kept)} kept, {dropped} dropped or repeated, {failed} without a score")
+    if len(alike) < len(runs):
         why = "another corpus, budget, version or device"
-        print(f"{others} of them do not compare with this branch's last one: {why}")
-    if night.levels:
-        first = next(iter(night.levels.values()))
-        best = min(night.levels.values())
+        print(f"{len(runs) - len(alike)} of them do not compare with this branch's last one: {why}")
+    if levels:
+        first = levels[0]
+        best = min(levels)
         print(f"val_bpb {first:.6f} -> {best:.6f} ({best - first:+.6f}, {100 * (best / first - 1):+.2f} %)\n")
 
     lines = []
-    before = math.nan
-    for number, run in night.kept.items():
-        level = night.levels[number]
-        gain = "-" if math.isnan(before) else f"{level - before:+.6f}"
-        lines.append(f"{run.commit}  {level:.6f}  {gain:>9}  {run.description}")
-        before = level
+    for i, run in enumerate(kept):
+        gain = f"{levels[i] - levels[i - 1]:+.6f}" if i else "-"
+        lines.append(f"{run.commit}  {levels[i]:.6f}  {gain:>9}  {run.description}")
     if len(lines) > 20:
         print(f"the last 20 of {len(lines)} kept ones:")
     print("\n".join(lines[-20:]))
-    last_kept = max(night.kept, default=0)
-    later = [run for run in runs[last_kept:] if run.branch == night.branch]
-    # kept, but not merged yet; the newest run may also be undecided
-    pending = [run for run in later[:-1] if run.status == "keep"]
-    pending += [run for run in later[-1:] if run.status in ("keep", "maybe", "stopped", "unfinished")]
-    for run in pending[-3:]:
-        print(f"pending: {run.commit}  {run.val_bpb:.6f}  {run.status}: {run.description}")
 
 
 def print_branches(runs: list[Run]) -> None:
@@ -2485,51 +2349,41 @@ def print_branches(runs: list[Run]) -> None:
         alike = [run for run in own if run.fingerprint == fingerprint]
         groups = comparable(runs, fingerprint)
         judged = [run for run in alike if run.status == "keep" and run.code in groups]
-        levels = [mean(scores(groups[run.code])) for run in judged]
+        levels = [fmean(scores(groups[run.code])) for run in judged]
         hours = max(sum(run.seconds for run in alike) / 3600, 1e-3)
         gain = f", {(levels[0] - min(levels)) / hours:.4f} bpb an hour" if levels else ""
         print(f"branch {branch or '-'}: {len(own)} runs, {len(kept)} kept{gain}")
 
 
-def draw(night: Night) -> None:
-    """Every run a dot, kept ones labelled, the best so far a line; what is out of range sits on the edge."""
+def draw(alike: list[Run], kept: list[Run], levels: list[float]) -> None:
+    """Every run a dot, kept ones labelled, the best so far a line; a cross at the top has no place below."""
     os.environ.pop("MPLBACKEND", None)  # a notebook sets one that may not exist here
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots()
-    values = {number: run.val_bpb for number, run in night.alike.items() if run.has_score}
-    lost = [number for number in night.alike if number not in values]
-    last = max(night.alike)
-    kept = list(night.kept)
-    levels = list(night.levels.values())
-
-    low = min(values.values(), default=0.0)
-    high = max([*levels, np.quantile(list(values.values()) or [1.0], 0.8)])
+    values = [run.val_bpb for run in alike if run.has_score] or [1.0]
+    low = min(values)
+    high = max([*levels, np.quantile(values, 0.8)])
     height = max(high - low, 1e-3)
-    low -= 0.15 * height
-    high += 0.45 * height  # room for the labels
-    beyond = [number for number, value in values.items() if value > high]
-    on_edge = {"clip_on": False, "in_layout": False}
+    top = high + 0.45 * height  # room for the labels
+    numbers = {run: number for number, run in enumerate(alike, 1)}
+    shown = {number: run.val_bpb for run, number in numbers.items() if run.val_bpb <= top}
+    crosses = [number for number in numbers.values() if number not in shown]
+    kept_numbers = [numbers[run] for run in kept]
+    best = np.minimum.accumulate(levels)
 
-    axes.plot(list(values), list(values.values()), "o", color="0.7", label="run")
-    axes.plot(beyond, [high] * len(beyond), "^", color="0.5", label="above the range", **on_edge)
-    axes.plot(lost, [low] * len(lost), "x", color="tab:red", label="no score", **on_edge)
-    if kept:
-        best = np.minimum.accumulate(levels)
-        axes.stairs(best, [*kept, last], baseline=None, color="green", label="best")
-        axes.plot(kept, levels, "o", color="green", label="kept")
-    for number, run in night.kept.items():
+    axes.plot(list(shown), list(shown.values()), "o", color="0.7", label="run")
+    axes.plot(crosses, [top] * len(crosses), "rx", label="no score, or above", clip_on=False)
+    axes.stairs(best, [*kept_numbers, len(alike)], baseline=None, color="green", label="best")
+    axes.plot(kept_numbers, levels, "o", color="green", label="kept")
+    for number, level, run in zip(kept_numbers, levels, kept, strict=True):
         label = run.description[:40].replace("$", r"\$")
-        place = (number, night.levels[number])
-        axes.annotate(label, place, (4, 6), textcoords="offset points", rotation=35, fontsize=8)
+        axes.annotate(label, (number, level), (4, 6), textcoords="offset points", rotation=35, fontsize=8)
 
-    axes.set_title(f"{len(night.alike)} runs, {len(kept)} kept, {len(lost)} without a score")
-    axes.set_xlabel("run")
-    axes.set_ylabel("val_bpb (lower is better)")
-    axes.set_xlim(0, 1.15 * last + 1)
-    axes.set_ylim(low, high)
-    axes.tick_params(axis="y", labelleft=bool(values))
+    axes.set_title(f"{len(alike)} runs, {len(kept)} kept")
+    axes.set(xlabel="run", ylabel="val_bpb (lower is better)")
+    axes.set(xlim=(0, 1.15 * len(alike) + 1), ylim=(low - 0.15 * height, top))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper right", fontsize=8)

@@ -48,7 +48,7 @@ def lines(text: str) -> list[str]:
 def test_the_line_of_progress(cache, clock, capsys):
     """400 tokens a second of 3 GFLOP each are 12 % of 10 TFLOPS."""
     with toy() as run:
-        run.training_log.peak_flops = 10e12
+        run.log.peak_flops = 10e12
         train(run, clock, [4.5], tokens=1000, flops_per_token=3e9, lr_frac=0.5, epoch=3)
     bpb = 4.5 / math.log(2) / bytes_per_token()
     shown = lines(capsys.readouterr().out)
@@ -85,7 +85,7 @@ def test_a_line_about_every_ten_seconds(cache, clock, capsys, seconds, first, ap
 
 def test_figures_are_those_since_the_last_line(cache, clock, capsys):
     with toy() as run:
-        run.training_log.peak_flops = 1e12
+        run.log.peak_flops = 1e12
         for step, _ in run.steps():
             clock.now += 5 if step < 4 else 2
             tokens = 100 if step < 4 else 50
@@ -200,7 +200,7 @@ def test_on_cuda_the_host_does_not_wait(cache):
     expected = 1.0
     for loss in (2, 3, 4, 5):
         expected = 0.9 * expected + 0.1 * loss
-    assert run.training_log.average_loss == pytest.approx(expected)
+    assert run.log.average_loss == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -215,7 +215,7 @@ def test_a_loss_that_needs_grad_is_taken_as_it_is(cache, clock, capsys, dtype):
             run.log(loss)
             loss.backward()
             loss.detach().fill_(math.nan)  # as a buffer is used again
-    assert not run.training_log.losses.requires_grad and weight.grad.tolist() == [30] * 3
+    assert not run.log.losses.requires_grad and weight.grad.tolist() == [30] * 3
     shown = lines(capsys.readouterr().out)
     assert len(shown) == 28 and all("loss 3.0000 nat" in line for line in shown)
 
@@ -226,7 +226,7 @@ def test_a_loss_that_needs_grad_is_taken_as_it_is(cache, clock, capsys, dtype):
 def finished(clock: StillClock, told: dict, **details) -> Experiment:
     """A run of three steps of 100 s that has a score, on a device of 1 TFLOPS."""
     with toy() as run:
-        run.training_log.peak_flops = 1e12
+        run.log.peak_flops = 1e12
         assert train(run, clock, [5.0], seconds=100, **details) == 3
         prepare.CLOCK.stop(run.data)
         prepare.CLOCK.finish(1.25)

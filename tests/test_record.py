@@ -1,6 +1,7 @@
 """The record: a commit for each run, whatever happens to results.tsv, to the run or to other objects."""
 
 import contextlib
+import io
 import os
 import random
 import signal
@@ -122,9 +123,12 @@ def test_results_tsv_may_become_unwritable_during_a_run(begun):
 
 
 def read(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> tuple[list[prepare.Run], list[str]]:
-    """The record of a repository, by the harness's own reader."""
+    """The record of a repository and the notes about it, by the harness's own reader."""
     monkeypatch.setattr(prepare, "HERE", lab.folder)
-    return prepare.read_runs()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        runs = prepare.read_runs()
+    return runs, [line.removeprefix("note: ") for line in output.getvalue().splitlines()]
 
 
 @pytest.fixture(scope="module")
