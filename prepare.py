@@ -79,20 +79,18 @@ def known_name(name: str) -> str:
 
     The empty text for others, and for a slice (MIG) of a device.
     """
-    is_slice = " MIG " in name
-    return "" if is_slice else next((part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)), "")
-
-
-def choose_scale(name: str, memory_gib: float) -> str:
-    """The scale of a CUDA or ROCm device."""
-    return "full" if known_name(name) in DATA_CENTER_TFLOPS and memory_gib >= 38 else "desktop"
+    match = re.search(rf"\b({'|'.join(PEAK_TFLOPS)})\b", name)
+    if " MIG " in name or not match:
+        return ""
+    return match[1]
 
 
 def default_scale() -> str:
     if not torch.cuda.is_available():
         return "small"
-    properties = torch.cuda.get_device_properties(0)
-    return choose_scale(properties.name, properties.total_memory / 2**30)
+    card = torch.cuda.get_device_properties(0)
+    is_large = known_name(card.name) in DATA_CENTER_TFLOPS and card.total_memory >= 38 * 2**30
+    return "full" if is_large else "desktop"
 
 
 class Scale(NamedTuple):
@@ -141,7 +139,8 @@ REFS = "refs/autoresearch/"  # one for each experiment
 # version and scale of a prepared folder; before version 3 no document was cut at the larger scales
 LAYOUT = [3, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 DOWNLOADS = "downloads"  # folder of shards as they were published
-SHARDS = "-".join(["shards", *map(str, LAYOUT)])  # folder of shards that are built here
+SHARDS = f"shards-{'-'.join(map(str, LAYOUT))}"  # folder of shards that are built here
+PREPARE_AGAIN = "run prepare.py again with the same --data"
 
 CLIMBMIX = "datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 CLIMBMIX_SHARDS = 6542  # for training, and one more, which is pinned for validation
@@ -196,11 +195,8 @@ TrainError = AutoresearchError  # older train.py files import this name
 
 def constants() -> dict[str, int | float | str]:
     """Every upper-case number and text of this module, as it is now."""
-    values = {}
-    for name, value in globals().items():
-        if name.isupper() and isinstance(value, int | float | str):
-            values[name] = value
-    return values
+    kinds = int | float | str
+    return {name: value for name, value in globals().items() if name.isupper() and isinstance(value, kinds)}
 
 
 CONSTANTS = constants()  # as they were when this file was loaded
@@ -208,10 +204,10 @@ CONSTANTS = constants()  # as they were when this file was loaded
 
 def check_constants() -> None:
     """Raise MetricError if a program has changed one of them."""
-    for name, value in constants().items():
-        wanted = CONSTANTS.get(name, value)
-        if value != wanted:
-            found = f"{name} is {value}, not {wanted}"
+    now = constants()
+    for name, value in CONSTANTS.items():
+        if now.get(name) != value:
+            found = f"{name} is {now.get(name)}, not {value}"
             raise MetricError(f"a constant of prepare.py was changed: {found}; leave it as it is")
 
 
@@ -285,44 +281,27 @@ def device_name(device: torch.device) -> str:
 def cpu_threads() -> int:
     """One for each CPU that may be used, or fewer by OMP_NUM_THREADS. More threads than CPUs are slower."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    usable = usable_cpus()
-    return min(usable, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else usable
+    if wanted.isdigit() and int(wanted) > 0:
+        return min(usable_cpus(), int(wanted))
+    return usable_cpus()
 
 
 def usable_cpus(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
     """The smaller of this process's affinity and the quotas of its cgroups, versions 1 and 2."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    try:
-        lines = Path(proc).read_text().splitlines()
-    except OSError:
-        return cpus
+    lines = Path(proc).read_text().splitlines() if os.path.exists(proc) else []
     for line in lines:
         _, controllers, name = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = Path(root, controllers)
-        folder = top / name.lstrip("/")
-        for group in [folder, *folder.parents]:
-            cpus = min(cpus, cgroup_quota(group))
-            if group == top:
-                break
+        folder = Path(root, controllers, name.lstrip("/"))
+        for group in [folder] + list(folder.parents):
+            # quota and period stand in one file of version 2, or in two of version 1
+            paths = [group / file for file in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+            numbers = " ".join(path.read_text() for path in paths if path.exists())
+            limit = re.fullmatch(r"(\d+)\s+(\d+)\s*", numbers)  # without a quota it is "max" or -1
+            if limit:
+                cpus = min(cpus, max(1, int(limit[1]) // int(limit[2])))
     return cpus
-
-
-def cgroup_quota(group: Path) -> int:
-    """CPUs that a cgroup may use, at least one; a large number without a quota."""
-    try:
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu.cfs_quota_us").read_text().strip()
-            period = (group / "cpu.cfs_period_us").read_text().strip()
-    except (OSError, ValueError):
-        return sys.maxsize
-    if quota in ("max", "-1"):
-        return sys.maxsize
-    return max(1, int(quota) // int(period))
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -352,7 +331,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep large buffers for the next step: 28,000 page faults less in each step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+        M_TRIM_THRESHOLD = -1  # of malloc.h, like the next one
+        M_MMAP_THRESHOLD = -3
         if not mallopt(M_MMAP_THRESHOLD, 2**30):
             mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older releases take
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -422,20 +402,22 @@ class Prepared:
 
     @classmethod
     def read(cls, folder: Path) -> "Prepared":
-        manifest = read_manifest(folder)
+        """What the folder's manifest.json lists; AutoresearchError if it is unusable here."""
         try:
-            rows = np.fromfile(manifest["validation"], "<u2").reshape(-1, MAX_SEQ_LEN + 1)
-        except (OSError, ValueError):
-            raise altered(manifest["validation"]) from None
-        return cls(
-            folder=folder,
-            corpus=manifest["corpus"],
-            tokenizer_path=manifest["tokenizer"],
-            validation_path=manifest["validation"],
-            train_paths=manifest["train"],
-            hashes={path: sha256 for path, (_, sha256) in manifest["files"].items()},
-            rows=rows,
-        )
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["layout"] != LAYOUT:
+                raise ValueError(f"made for {manifest['layout']}, not {LAYOUT}")
+            return cls(
+                folder=folder,
+                corpus=str(manifest["request"][0]),
+                tokenizer_path=folder / manifest["tokenizer"],
+                validation_path=folder / manifest["validation"],
+                train_paths=[folder / name for name in manifest["train"]],
+                hashes={folder / name: sha256 for name, (_, sha256) in manifest["files"].items()},
+                rows=np.fromfile(folder / manifest["validation"], "<u2").reshape(-1, MAX_SEQ_LEN + 1),
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise AutoresearchError(f"{folder}: no usable manifest ({error}); {PREPARE_AGAIN}") from None
 
     @classmethod
     def active(cls) -> "Prepared":
@@ -448,11 +430,12 @@ class Prepared:
             raise AutoresearchError(f"{found}; {remedy}") from None
         return cls.read(CACHE / name)
 
-    def verify(self) -> None:
-        """Raise AutoresearchError if a file that a score depends on is not what prepare.py wrote."""
-        for path in (self.tokenizer_path, self.validation_path, *self.train_paths):
+    def verify(self, *paths: Path) -> None:
+        """Raise AutoresearchError if one of these files, by default of all, is not what prepare.py wrote."""
+        for path in paths or (self.tokenizer_path, self.validation_path, *self.train_paths):
             if not path.exists() or file_hash(path) != self.hashes[path]:
-                raise altered(path)
+                found = f"{path}: altered, not as in the manifest"
+                raise AutoresearchError(f"{found}; delete it and {PREPARE_AGAIN}")
 
     @property
     def train_tokens(self) -> int:
@@ -469,52 +452,18 @@ class Prepared:
         return short_hash(program, self.scored_by, device_name(device), usable_cpus())
 
 
-PREPARE_AGAIN = "run prepare.py again with the same --data"
-
-
-def read_manifest(folder: Path) -> dict:
-    """The folder's manifest.json with paths for names; AutoresearchError if it is unusable here."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        layout = manifest["layout"]
-        if layout == LAYOUT:
-            manifest["tokenizer"] = folder / manifest["tokenizer"]
-            manifest["validation"] = folder / manifest["validation"]
-            manifest["train"] = [folder / name for name in manifest["train"]]
-            files = manifest["files"].items()
-            manifest["files"] = {folder / name: (size, sha256) for name, (size, sha256) in files}
-            manifest["corpus"] = str(manifest["request"][0])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise AutoresearchError(f"{folder}: no usable manifest ({error}); {PREPARE_AGAIN}") from None
-    if layout != LAYOUT:
-        raise AutoresearchError(f"{folder}: made for {layout}, not {LAYOUT}; {PREPARE_AGAIN}")
-    return manifest
-
-
-def altered(path: Path) -> AutoresearchError:
-    return AutoresearchError(f"{path}: altered, not as in the manifest; delete it and {PREPARE_AGAIN}")
-
-
 # ############################################################################################################
 # PART I, which runs once: a corpus becomes a prepared folder
 # ############################################################################################################
 
 # == Corpora =================================================================================================
-# A corpus is a function (folder, options) -> {"train": paths, "val": paths} of parquet files below `folder`
-# with a column `text`. To add one, write such a function, name it in CORPORA and commit: an experiment
-# refuses a prepare.py that is not committed. Scores from before do not compare with later ones. If you change
-# such a function later, delete the corpus's folder in the cache. What it fetches as it is goes to DOWNLOADS,
-# what it builds to SHARDS; see longest_document for the difference.
+# A corpus is a function (folder, command line) -> {"train": paths, "val": paths} of parquet files below
+# `folder` with a column `text`. To add one, write such a function, name it in CORPORA and commit: an
+# experiment refuses a prepare.py that is not committed. Scores from before do not compare with later ones. If
+# you change such a function later, delete the corpus's folder in the cache. What it fetches as it is goes to
+# DOWNLOADS, what it builds to SHARDS; see tokenize_shards for the difference.
 
 Shards = dict[str, list[Path]]
-
-
-class Options(NamedTuple):
-    """The command line."""
-
-    data: str = DEFAULT_CORPUS
-    num_shards: int | None = None
-    download_workers: int = 8
 
 
 def texts(path: Path, name: str = "") -> Iterator[str]:
@@ -539,18 +488,16 @@ def download(source: str, paths: list[Path], workers: int = 1) -> None:
     with requests.Session() as session, progress_bar(desc="download", unit="B") as progress:
         for adapter in session.adapters.values():
             adapter.max_retries = requests.adapters.Retry(DOWNLOAD_ATTEMPTS - 1, **retry)
-
-        def fetch(path: Path) -> None:
-            fetch_parquet(session, f"{hub()}/{source}/{path.name}", path, progress)
-
+        fetch = functools.partial(fetch_parquet, session, f"{hub()}/{source}", progress)
         in_threads(fetch, [path for path in paths if not path.exists()], workers)
 
 
-def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqdm) -> None:
+def fetch_parquet(session: requests.Session, folder_url: str, progress: tqdm, path: Path) -> None:
     """Download one file, check it, publish it.
 
     A request that the server refuses is repeated by the session; a connection that is cut is resumed here.
     """
+    url = f"{folder_url}/{path.name}"
     remedy = f"({url}); check the network and HF_ENDPOINT, then run prepare.py again"
     headers = {"Accept-Encoding": "identity"}  # the bytes of a compressed answer could not be counted
     size = 0
@@ -584,20 +531,16 @@ def fetch_parquet(session: requests.Session, url: str, path: Path, progress: tqd
         raise AutoresearchError(f"{path.name}: cut off at {file.tell()} of {size} bytes {remedy}")
 
 
-def climbmix(folder: Path, options: Options) -> Shards:
+def climbmix(folder: Path, options: argparse.Namespace) -> Shards:
     """Published shards. The pinned validation shard is downloaded before the others."""
-
-    def shard_path(number: int) -> Path:
-        return folder / DOWNLOADS / f"shard_{number:05d}.parquet"
-
-    val_paths = [shard_path(CLIMBMIX_SHARDS)]
-    train_paths = [shard_path(number) for number in range(options.num_shards)]
-    download(CLIMBMIX, val_paths)
-    download(CLIMBMIX, train_paths, options.download_workers)
-    return {"train": train_paths, "val": val_paths}
+    numbers = [CLIMBMIX_SHARDS, *range(options.num_shards)]
+    paths = [folder / DOWNLOADS / f"shard_{number:05d}.parquet" for number in numbers]
+    download(CLIMBMIX, paths[:1])
+    download(CLIMBMIX, paths[1:], options.download_workers)
+    return {"train": paths[1:], "val": paths[:1]}
 
 
-def tinystories(folder: Path, options: Options) -> Shards:
+def tinystories(folder: Path, options: argparse.Namespace) -> Shards:
     """One published file with a suggested split: rows 0 to 9,999 are test data, up to 19,999 validation."""
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -616,7 +559,7 @@ def tinystories(folder: Path, options: Options) -> Shards:
     return build_shards(folder / SHARDS, documents())
 
 
-def python(folder: Path, options: Options) -> Shards:
+def python(folder: Path, options: argparse.Namespace) -> Shards:
     """The Python sources of this machine, cut at top-level definitions or line ends, each piece once."""
 
     def sources() -> Iterator[list[str]]:
@@ -625,8 +568,8 @@ def python(folder: Path, options: Options) -> Shards:
                 text = path.read_text("utf-8")
                 yield from blocks(cut_python(text), is_long=len(text) > LONG_FILE)
 
-    train_bytes = TRAIN_BYTES or math.inf  # at the larger scales all pieces, but each once
-    return build_shards(folder / SHARDS, sample(split_sources(sources()), train_bytes))
+    # at the larger scales all pieces, but each once
+    return build_shards(folder / SHARDS, sample(split_sources(sources()), TRAIN_BYTES or math.inf))
 
 
 def python_files() -> Iterator[Path]:
@@ -651,14 +594,14 @@ def cut(text: str, boundary: str, chars: int) -> Iterator[str]:
     """
     ends = [match.end() for match in re.finditer(boundary, text)]
     start = 0
-    for end in [*ends, len(text)]:
+    for end in ends + [len(text)]:
         is_long_enough = end - start >= chars or end == len(text)
         if is_long_enough and text[start:end].strip():
             yield text[start:end]
             start = end
 
 
-def own_data(folder: Path, options: Options) -> Shards:
+def own_data(folder: Path, options: argparse.Namespace) -> Shards:
     """A folder of .parquet and .jsonl (a row is a document), .txt and .md (which are cut)."""
     paths, skipped = own_files(options.data)
     read = Counter(path.suffix.lower() for path in paths)
@@ -700,10 +643,9 @@ def own_files(data: str) -> tuple[list[Path], Counter]:
     visited = {CACHE.resolve()}
 
     def visit(folder: Path) -> None:
-        real = folder.resolve()
-        if real in visited:
+        if folder.resolve() in visited:
             return
-        visited.add(real)
+        visited.add(folder.resolve())
         try:
             for path in sorted(folder.iterdir()):
                 suffix = path.suffix.lower()
@@ -737,19 +679,18 @@ def own_sources(path: Path) -> Iterator[list[str]]:
     suffix = path.suffix.lower()
     row = 0
     try:
-        encoding = file_encoding(path)
-        if suffix == ".parquet":
-            yield from ([text] for text in texts(path))
-            return
-        with open(path, encoding=encoding, errors="replace") as file:
-            if suffix != ".jsonl":
+        with open(path, encoding=file_encoding(path), errors="replace") as file:
+            if suffix == ".parquet":
+                for text in texts(path):
+                    yield [text]
+            elif suffix == ".jsonl":
+                for line in file:
+                    row += 1
+                    text = json.loads(line)["text"] if line.strip() else None
+                    if text is not None:
+                        yield [text.encode("utf-8", "replace").decode()]  # JSON can spell lone surrogates
+            else:
                 yield from blocks(cut_text(file), is_long=path.stat().st_size > LONG_FILE)
-                return
-            for line in file:
-                row += 1
-                text = json.loads(line)["text"] if line.strip() else None
-                if text is not None:
-                    yield [text.encode("utf-8", "replace").decode()]  # JSON can spell lone surrogates
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         where = f"{path}, line {row}" if row else str(path)
         remedy = 'correct it (.jsonl wants {"text": "..."})' if row else "make it readable or move it away"
@@ -762,58 +703,47 @@ def file_encoding(path: Path) -> str:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("this is a git-lfs pointer, not the file itself; run git lfs pull")
-    marks = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
-    # after UTF-32, whose little-endian mark begins with that of UTF-16
-    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
-    for mark, encoding in marks:
-        if head.startswith(mark):
-            return encoding
-    return "utf-8"
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins like that of UTF-16
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig"  # with a mark or without one
 
 
 def cut_text(file: TextIO) -> Iterator[str]:
     """Pieces of a text of any length, see piece_end; a blank one is left out."""
-    text = ""
-    is_at_end = False
-    while not is_at_end:
-        chunk = file.read(2**20)
-        is_at_end = not chunk
-        text += chunk
-        start = 0
-        while len(text) - start > 8 * PIECE or (is_at_end and start < len(text)):
-            end = piece_end(text, start)
-            if text[start:end].strip():
-                yield text[start:end]
-            start = end
-        text = text[start:]
+    text = file.read(16 * PIECE)
+    while text:
+        end = piece_end(text)
+        if text[:end].strip():
+            yield text[:end]
+        text = text[end:]
+        if len(text) < 8 * PIECE:  # a piece can be that long
+            text += file.read(16 * PIECE)
 
 
-def piece_end(text: str, start: int) -> int:
-    """The index at which a piece ends; distances from `start` are in units of PIECE characters.
+def piece_end(text: str) -> int:
+    """The index at which the first piece ends, in units of PIECE characters:
 
-    The first blank line between 1 and 2, otherwise the first line end between 2 and 4, otherwise the first
+    at the first blank line between 1 and 2, otherwise the first line end between 2 and 4, otherwise the first
     space between 4 and 8, otherwise 8.
     """
     boundaries = [(r"\n[ \t]*\n", 1), (r"\n", 2), (r"\s", 4)]
     for boundary, times in boundaries:
-        least = start + times * PIECE
-        match = re.compile(boundary).search(text, least, least + times * PIECE)
+        match = re.compile(boundary).search(text, times * PIECE, 2 * times * PIECE)
         if match:
             return match.end()
-    return min(start + 8 * PIECE, len(text))
+    return min(8 * PIECE, len(text))
 
 
 def blocks(pieces: Iterable[str], is_long: bool) -> Iterator[list[str]]:
     """The sources of a file: all pieces together, or in a long file the pieces of each BLOCK characters."""
     block = []
-    chars = 0
     for piece in pieces:
         block.append(piece)
-        chars += len(piece)
-        if is_long and chars >= BLOCK:
+        if is_long and sum(map(len, block)) >= BLOCK:
             yield block
             block = []
-            chars = 0
     if block:
         yield block
 
@@ -852,40 +782,39 @@ def sample(documents: Iterable[tuple[str, str]], train_bytes: float | None) -> I
             training.add(text)
         else:
             yield name, text
-    yield from (("val", text) for text in validation.in_order())
-    yield from (("train", text) for text in training.in_order())
+    for text in validation.in_order():
+        yield "val", text
+    for text in training.in_order():
+        yield "train", text
 
 
 class Sample:
-    """The documents with the lowest content hashes, each once, up to `max_bytes`: an even sample.
-
-    A document that is longer than that is left out, it would be all of the sample.
-    """
+    """The documents with the lowest content hashes, each once, up to `max_bytes`: an even sample."""
 
     def __init__(self, max_bytes: float):
         self.max_bytes = max_bytes
         self.bytes = 0
         self.cutoff = 2**64  # hashes from here on are left out
-        self.heap: list[tuple[int, str]] = []  # (-hash, text), the highest hash first
-        self.hashes: set[int] = set()
+        self.texts: dict[int, str] = {}  # by content hash
+        self.heap: list[int] = []  # the hashes, negative, so that the highest comes first
 
     def add(self, text: str) -> None:
         key = content_hash(text)
         size = len(text.encode())
-        if key >= self.cutoff or key in self.hashes or size > self.max_bytes:
+        # a document longer than max_bytes would be all of the sample
+        if key >= self.cutoff or key in self.texts or size > self.max_bytes:
             return
-        heapq.heappush(self.heap, (-key, text))
-        self.hashes.add(key)
+        self.texts[key] = text
+        heapq.heappush(self.heap, -key)
         self.bytes += size
         while self.bytes > self.max_bytes:
-            minus_hash, removed = heapq.heappop(self.heap)
-            self.cutoff = -minus_hash
-            self.hashes.discard(self.cutoff)
+            self.cutoff = -heapq.heappop(self.heap)
+            removed = self.texts.pop(self.cutoff)
             self.bytes -= len(removed.encode())
 
     def in_order(self) -> list[str]:
         """By hash, the lowest first."""
-        return [text for _, text in sorted(self.heap, reverse=True)]
+        return [text for _, text in sorted(self.texts.items())]
 
 
 def build_shards(folder: Path, documents: Iterator[tuple[str, str]]) -> Shards:
@@ -929,11 +858,12 @@ class Tokenizer:
     def __init__(self, path: Path, data: Prepared | None = None):
         self.data = data
         self.bos = VOCAB_SIZE - len(SPECIAL_TOKENS)
-        ranks = read_ranks(path)
-        has_bytes = {bytes([i]) for i in range(256)} < ranks.keys()
-        if not has_bytes or list(ranks.values()) != list(range(self.bos)):
-            found = f"{path}: no tokenizer of {VOCAB_SIZE:,}"
-            raise AutoresearchError(f"{found}; delete it and {PREPARE_AGAIN}")
+        if data:
+            data.verify(path)
+        ranks = {}
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
         special = {name: self.bos + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
@@ -975,21 +905,12 @@ class Tokenizer:
         return self.bos
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """{token: rank} of a file in tiktoken's format, lines of base64(token) and rank; empty if unusable."""
-    try:
-        lines = [line.split() for line in path.read_bytes().splitlines()]
-        return {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except (OSError, ValueError):
-        return {}
-
-
 def train_tokenizer(paths: list[Path], target: Path) -> None:
     """Learn merges from the beginnings of the first documents; AutoresearchError if there are too few."""
 
     def beginnings() -> Iterator[str]:
         chars = 0
-        documents = itertools.chain.from_iterable(texts(path) for path in paths)
+        documents = itertools.chain.from_iterable(map(texts, paths))
         for text in progress_bar(documents, desc="tokenizer", unit=" documents"):
             beginning = text[:TOKENIZER_DOCUMENT_CHARS]
             chars += len(beginning)
@@ -1009,40 +930,30 @@ def train_tokenizer(paths: list[Path], target: Path) -> None:
             file.write(b"%s %d\n" % (base64.b64encode(bytes(token)), rank))
 
 
-def longest_document(shard: Path) -> int:
-    """Tokens, without BOS, after which a document is cut, so that each piece fits into a row.
-
-    At the scales with published results the documents of published shards stay whole, as they were there.
-    """
-    if shard.parent.name == DOWNLOADS and SCALE != "small":
-        return sys.maxsize
-    return MAX_SEQ_LEN
-
-
 def tokenize(
     shards: Sequence[Path],
     target: Path,
     tokenizer: Tokenizer,
     progress: tqdm,
+    longest: int = MAX_SEQ_LEN,
     skip: Iterable[int] = (),
-    max_tokens: float = math.inf,
 ) -> None:
-    """Write the documents of some shards as a flat uint16 file: BOS and tokens of each.
+    """Write the documents of some shards as a flat uint16 file: BOS and tokens of each, up to TRAIN_TOKENS.
 
-    Pieces of a document, see longest_document and DOCUMENT_CHARS, become documents of their own. Those whose
-    content hash is in `skip` are left out. The file ends before it would pass `max_tokens`.
+    Pieces of a document, of DOCUMENT_CHARS characters or `longest` tokens, become documents of their own.
+    Those whose content hash is in `skip` are left out.
     """
     bos = np.array([tokenizer.get_bos_token_id()], "<u2").tobytes()
-    longest = longest_document(shards[0])
+    most_bytes = 2 * TRAIN_TOKENS or math.inf
     with published(target) as file:
-        for text in itertools.chain.from_iterable(texts(shard) for shard in shards):
+        for text in itertools.chain.from_iterable(map(texts, shards)):
             progress.update()
             if content_hash(text) in skip:
                 continue
             for ids in tokenizer.encode_pieces(text):
                 for start in range(0, len(ids), longest):
                     piece = bos + ids[start : start + longest].astype("<u2").tobytes()
-                    if file.tell() + len(piece) > 2 * max_tokens:
+                    if file.tell() + len(piece) > most_bytes:
                         return
                     file.write(piece)
 
@@ -1056,13 +967,28 @@ def documents(paths: list[Path], bos: int, epochs: Iterable[int]) -> Iterator[tu
     for epoch in epochs:
         for tokens in shards:
             starts = np.flatnonzero(tokens == bos).tolist()
-            ends = [*starts[1:], len(tokens)]
+            ends = starts[1:] + [len(tokens)]
             for start, end in zip(starts, ends, strict=True):
                 yield tokens[start:end], epoch
 
 
-class Packer:
-    """Fills rows of `capacity` tokens with documents, without padding.
+def shuffle(paths: list[Path], bos: int, folder: Path) -> Path:
+    """A token file with the documents of all `paths` in a random order, the same each time.
+
+    A folder is read in the order of its names, and a long text becomes many documents in a row. Unshuffled,
+    a batch would be of one subject, and a run of less than an epoch would not see what comes last.
+    """
+    target = folder / f"train-{short_hash([path.name for path in paths])}.bin"
+    if not target.exists():
+        whole = [tokens for tokens, _ in documents(paths, bos, epochs=[1])]
+        with published(target) as file:
+            for number in np.random.default_rng(0).permutation(len(whole)):
+                file.write(whole[number])
+    return target
+
+
+def packed(documents: Iterator[tuple[np.ndarray, int]], capacity: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(row, epoch): rows of `capacity` tokens, filled with documents without padding.
 
     The longest document that fits is taken, the earliest among equals. If none fits, the shortest (again the
     earliest) is cropped. While fewer than PACKING_DOCUMENTS are held, the next PACKING_REFILL are appended.
@@ -1070,71 +996,68 @@ class Packer:
     The choice is O(1): a FIFO for each length, and an integer as the bit set of the lengths that are held.
     That packs 100M tokens/s at T = 2048; scanning a list of 1,000 documents packed 0.8M.
     """
-
-    def __init__(self, documents: Iterator[tuple[np.ndarray, int]], capacity: int):
-        self.documents = documents
-        self.capacity = capacity
-        self.epoch = 0
-        self.held = 0
-        self.fifos: dict[int, deque] = defaultdict(deque)
-        self.lengths = 0  # bit n is set if fifos[n] is not empty
-
-    def fill(self, row: np.ndarray) -> bool:
-        """Fill an integer array of `capacity` tokens; False if the documents ran out."""
-        room = self.capacity
-        while room:
-            self.refill()
-            if not self.held:
-                return False
-            document = self.take(room)[:room]
-            start = self.capacity - room
-            row[start : start + len(document)] = document
-            room -= len(document)
-        return True
-
-    def refill(self) -> None:
-        while self.held < PACKING_DOCUMENTS:
-            more = list(itertools.islice(self.documents, PACKING_REFILL))
+    fifos: dict[int, deque] = defaultdict(deque)
+    lengths = 0  # bit n is set if fifos[n] is not empty
+    held = 0
+    epoch = 0
+    row = np.empty(capacity, "<u2")
+    room = capacity
+    while True:
+        while held < PACKING_DOCUMENTS:
+            more = list(itertools.islice(documents, PACKING_REFILL))
             if not more:
-                return
-            for document, epoch in more:
-                self.epoch = epoch
-                self.fifos[len(document)].append(document)
-                self.lengths |= 1 << len(document)
-            self.held += len(more)
+                break
+            for document, _ in more:
+                fifos[len(document)].append(document)
+                lengths |= 1 << len(document)
+            held += len(more)
+            epoch = more[-1][1]
+        if not held:
+            return
 
-    def take(self, room: int) -> np.ndarray:
-        """Remove and return the longest document of at most `room` tokens; if there is none, the shortest."""
-        fitting = self.lengths & ((2 << room) - 1)  # bits 0 to room
-        shortest = self.lengths & -self.lengths  # the lowest bit
+        fitting = lengths & ((2 << room) - 1)  # bits 0 to room
+        shortest = lengths & -lengths  # the lowest bit
         length = (fitting or shortest).bit_length() - 1
-        document = self.fifos[length].popleft()
-        if not self.fifos[length]:
-            self.lengths ^= 1 << length
-        self.held -= 1
-        return document
+        document = fifos[length].popleft()[:room]
+        if not fifos[length]:
+            lengths ^= 1 << length
+        held -= 1
+
+        start = capacity - room
+        row[start : start + len(document)] = document
+        room -= len(document)
+        if not room:
+            yield row, epoch
+            row = np.empty(capacity, "<u2")
+            room = capacity
 
 
 def validation_rows(paths: list[Path], bos: int) -> np.ndarray:
     """uint16 (rows, T+1): EVAL_TOKENS worth of rows, or as many as the split fills once."""
-    packer = Packer(documents(paths, bos, epochs=[1]), MAX_SEQ_LEN + 1)
-    rows = np.empty((EVAL_TOKENS // MAX_SEQ_LEN, MAX_SEQ_LEN + 1), "<u2")
-    count = 0
-    while count < len(rows) and packer.fill(rows[count]):
-        count += 1
-    if count < MIN_VALIDATION_ROWS:
-        found = f"the val split fills {count} rows of the {MIN_VALIDATION_ROWS} needed"
+    packed_rows = packed(documents(paths, bos, epochs=[1]), MAX_SEQ_LEN + 1)
+    rows = [row for row, _ in itertools.islice(packed_rows, EVAL_TOKENS // MAX_SEQ_LEN)]
+    if len(rows) < MIN_VALIDATION_ROWS:
+        found = f"the val split fills {len(rows)} rows of the {MIN_VALIDATION_ROWS} needed"
         raise AutoresearchError(f"{found}; bring more text")
-    return rows[:count]
+    return np.array(rows)
 
 
 # == Prepare =================================================================================================
 
 
-def prepare(options: Options) -> None:
+def prepare(options: argparse.Namespace) -> None:
     """Bring a corpus into the cache, as far as it is not there yet, and make it the active one."""
-    options = check_options(options)
-    corpus, name, request = choose_corpus(options)
+    check_options(options)
+    if options.data in CORPORA:
+        corpus = CORPORA[options.data]
+        name = options.data
+        request = [name, options.num_shards]  # what exactly is asked for
+    else:
+        corpus = own_data
+        own = Path(options.data).resolve()
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", own.name)[:60]  # a file name has 255 bytes at most
+        name = f"{readable}-{short_hash(str(own))}"
+        request = [name, files_state(own_files(options.data)[0])]
     folder = CACHE / f"{name}-{SCALE}"
     with locked(folder, "prepare.py"):
         was_current = is_current(folder, request)
@@ -1142,57 +1065,47 @@ def prepare(options: Options) -> None:
             derive(folder, request, corpus(folder, options))
         with published(CACHE / f"active-{SCALE}") as file:
             file.write(folder.name.encode())
-        prepared = Prepared.read(folder)
-    scored = Tokenizer(prepared.tokenizer_path).token_bytes[prepared.rows[:, 1:]].sum()
-    validation = f"{len(prepared.rows):,} validation rows of {scored:,} bytes"
-    print(f"data: {prepared.train_tokens:,} training tokens; {validation}")
+        tokenizer = Tokenizer.from_directory(folder)
+    data = tokenizer.data
+    scored = tokenizer.token_bytes[data.rows[:, 1:]].sum()
+    validation = f"{len(data.rows):,} validation rows of {scored:,} bytes"
+    print(f"data: {data.train_tokens:,} training tokens; {validation}")
     done = ", nothing to do" if was_current else ""
-    print(f"ready: {folder}, fingerprint {prepared.fingerprint(default_device())}{done}")
+    print(f"ready: {folder}, fingerprint {data.fingerprint(default_device())}{done}")
 
 
-def check_options(options: Options) -> Options:
+def check_options(options: argparse.Namespace) -> None:
     """Raise AutoresearchError for what cannot be done; the default number of shards is filled in."""
     if options.data not in CORPORA and not os.path.isdir(options.data):
         found = f"--data {options.data}: neither {', '.join(CORPORA)} nor a folder"
         raise AutoresearchError(f"{found}; choose one of these")
-    if options.num_shards is not None and options.data != "climbmix":
+    if options.num_shards is None:
+        options.num_shards = 10
+    elif options.data != "climbmix":
         remedy = "leave it out, or add --data climbmix"
         raise AutoresearchError(f"--num-shards is for climbmix, not for {options.data}; {remedy}")
-    if options.num_shards is None:
-        options = options._replace(num_shards=10)
     for option, most in (("num_shards", CLIMBMIX_SHARDS), ("download_workers", 100)):
         value = getattr(options, option)
         if not 1 <= value <= most:
             name = option.replace("_", "-")
             raise AutoresearchError(f"--{name} is {value}, not 1 to {most}; choose a number in this range")
-    return options
-
-
-def choose_corpus(options: Options) -> tuple[Callable[[Path, Options], Shards], str, list]:
-    """The function that brings the corpus, its name in the cache, and what exactly is asked for."""
-    if options.data in CORPORA:
-        return CORPORA[options.data], options.data, [options.data, options.num_shards]
-    own = Path(options.data).resolve()
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", own.name)[:60]  # a file name has 255 bytes at most
-    name = f"{readable}-{short_hash(str(own))}"
-    paths, _ = own_files(options.data)
-    return own_data, name, [name, files_state(paths)]
 
 
 def is_current(folder: Path, request: list) -> bool:
     """Whether the folder holds what `request` asks for. A file of another length is removed."""
     try:
-        manifest = read_manifest(folder)
-    except AutoresearchError:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        found = [manifest["layout"], manifest["request"]]
+        sizes = {folder / name: size for name, (size, _) in manifest["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-    files = manifest["files"].items()
-    damaged = [path for path, (size, _) in files if not path.exists() or path.stat().st_size != size]
+    damaged = [path for path, size in sizes.items() if not path.exists() or path.stat().st_size != size]
     for path in damaged:
         if path.parent.name.startswith("shards"):  # shards are built together
             shutil.rmtree(path.parent, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return not damaged and manifest["request"] == request
+    return not damaged and found == [LAYOUT, request]
 
 
 def derive(folder: Path, request: list, shards: Shards) -> None:
@@ -1201,14 +1114,12 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
         found = "the corpus has too few documents for a training and a validation split"
         raise AutoresearchError(f"{found}; bring more text")
     tokens = folder / "tokens"
-    hashes = in_threads(file_hash, [*shards["val"], *shards["train"]])
+    hashes = in_threads(file_hash, shards["val"] + shards["train"])
     print(f"corpus: {request[0]}, {len(hashes)} shards", flush=True)
 
     # names say what a file was made from, so that another vocabulary or corpus never finds an old one
-    made_from = short_hash(
-        [VOCAB_SIZE, SPLIT_PATTERN, TOKENIZER_CHARS, TOKENIZER_DOCUMENT_CHARS],
-        [hashes[path] for path in shards["train"]],
-    )
+    settings = [VOCAB_SIZE, SPLIT_PATTERN, TOKENIZER_CHARS, TOKENIZER_DOCUMENT_CHARS]
+    made_from = short_hash(settings, [hashes[path] for path in shards["train"]])
     tokenizer_path = tokens / f"tokenizer-{made_from}.txt"
     if not tokenizer_path.exists():
         train_tokenizer(shards["train"], tokenizer_path)
@@ -1221,7 +1132,7 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
     with published(rows_path) as file:
         file.write(rows.tobytes())
 
-    hashes |= in_threads(file_hash, [tokenizer_path, rows_path, val_path, *train_paths])
+    hashes |= in_threads(file_hash, [tokenizer_path, rows_path, val_path] + train_paths)
     names = {path: str(path.relative_to(folder)) for path in hashes}
     manifest = {
         "layout": LAYOUT,
@@ -1230,14 +1141,13 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
         "validation": names[rows_path],
         "train": [names[path] for path in train_paths],
         "files": {names[path]: [path.stat().st_size, sha256] for path, sha256 in hashes.items()},
-        "versions": {package.__name__: package.__version__ for package in (torch, tiktoken, pyarrow, np)},
     }
     with published(folder / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
     current = set(hashes)
     current.update(path.parent for path in hashes)  # a folder of shards is removed as a whole
-    for path in {*tokens.iterdir(), *folder.glob("shards*")} - current:  # of an older corpus
+    for path in set(tokens.iterdir()).union(folder.glob("shards*")) - current:  # of an older corpus
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -1249,33 +1159,35 @@ def tokenize_shards(
 ) -> tuple[Path, list[Path]]:
     """The token file of the validation split and those of the training split, written if they are missing.
 
-    Each shard has its own file; where the number of training tokens is limited, all together make one, since
-    the limit counts over all of them in their order. Documents of the validation split are not trained on.
+    Published shards have a file each. Those that are built here end in one: where the number of training
+    tokens is limited, in their order, since the limit counts over all of them; otherwise shuffled. Documents
+    of the validation split are not trained on.
     """
     validation = {content_hash(text) for path in shards["val"] for text in texts(path)}
     val_group = tuple(shards["val"])
     train_groups = [tuple(shards["train"])] if TRAIN_TOKENS else [(path,) for path in shards["train"]]
     val_hashes = [hashes[path] for path in val_group]
+    # at the scales with published results the documents of published shards stay whole, as they were there
+    is_published = SCALE != "small" and shards["train"][0].parent.name == DOWNLOADS
+    longest = sys.maxsize if is_published else MAX_SEQ_LEN
 
-    def token_path(group: tuple[Path, ...]) -> Path:
-        limits = [LAYOUT, longest_document(group[0])]
-        made_from = short_hash(tokenizer_hash, limits, val_hashes, [hashes[path] for path in group])
-        return tokens / f"{group[0].stem}-{made_from}.bin"
-
-    def tokenize_group(group: tuple[Path, ...]) -> None:
-        target = token_path(group)
-        if group == val_group:
-            tokenize(group, target, tokenizer, progress)
-        else:
-            tokenize(group, target, tokenizer, progress, validation, TRAIN_TOKENS or math.inf)
+    def tokenize_group(group: tuple[Path, ...]) -> Path:
+        sources = [hashes[path] for path in group]
+        made_from = short_hash(tokenizer_hash, LAYOUT, longest, val_hashes, sources)
+        target = tokens / f"{group[0].stem}-{made_from}.bin"
+        if not target.exists():
+            skip = set() if group == val_group else validation
+            tokenize(group, target, tokenizer, progress, longest, skip)
+        return target
 
     with progress_bar(desc="tokens", unit=" documents") as progress:
-        missing = [group for group in (val_group, *train_groups) if not token_path(group).exists()]
-        in_threads(tokenize_group, missing)
-    train_paths = [token_path(group) for group in train_groups]
+        paths = in_threads(tokenize_group, [val_group] + train_groups)
+    train_paths = [paths[group] for group in train_groups]
+    if not TRAIN_TOKENS and not is_published:
+        train_paths = [shuffle(train_paths, tokenizer.get_bos_token_id(), tokens)]
     if not any(path.stat().st_size for path in train_paths):
         raise AutoresearchError("every training document is a validation document, too; bring more text")
-    return token_path(val_group), train_paths
+    return paths[val_group], train_paths
 
 
 # ############################################################################################################
@@ -1411,28 +1323,28 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split="train", device=
         raise AutoresearchError(f"{found}; evaluate_bpb scores the other one")
     CLOCK.require_same_data(tokenizer.data)
     stream = documents(tokenizer.data.train_paths, tokenizer.get_bos_token_id(), epochs=itertools.count(1))
-    return batches(Packer(stream, T + 1), B, torch.device(device or default_device()))
+    return batches(packed(stream, T + 1), B, T, torch.device(device or default_device()))
 
 
-def batches(packer: Packer, B: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Batches of the packer's rows, copied to the device while the host goes on.
+def batches(packed_rows: Iterator[tuple], B: int, T: int, device: torch.device) -> Iterator[tuple]:
+    """Batches of packed rows, copied to the device while the host goes on.
 
     A pinned buffer is filled again only when its copy is done, which can wait for a whole backward pass.
     With a single buffer and no event one batch was trained on twice and another one never.
     """
     is_cuda = device.type == "cuda"
-    buffers = [torch.empty(B, packer.capacity, dtype=torch.int64, pin_memory=is_cuda) for _ in range(3)]
+    buffers = [torch.empty(B, T + 1, dtype=torch.int64, pin_memory=is_cuda) for _ in range(3)]
     copied = [torch.cuda.Event() if is_cuda else None for _ in buffers]
     for slot in itertools.cycle(range(len(buffers))):
         CLOCK.require_running()
         if is_cuda:
             copied[slot].synchronize()
         for row in buffers[slot].numpy():
-            packer.fill(row)
+            row[:], epoch = next(packed_rows)
         rows = buffers[slot].to(device, non_blocking=is_cuda)
         if is_cuda:
             copied[slot].record()
-        yield rows[:, :-1].clone(), rows[:, 1:].clone(), packer.epoch
+        yield rows[:, :-1].clone(), rows[:, 1:].clone(), epoch
 
 
 # == Metric ==================================================================================================
@@ -1503,7 +1415,7 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
             raise MetricError(f"the evaluation must leave the model as it is, but {found}")
 
     other_losses = [token_losses(model, other) for other in row_batches[1:]]
-    losses = torch.cat([first_losses, *other_losses])[: len(rows)]
+    losses = torch.cat([first_losses] + other_losses)[: len(rows)]
     require_unchanged()
     # the probes take the largest change of PROBES + 10 rows, so their noise is larger still
     probe(model, rows, losses, batch, allowed=max(TOLERANCE, 10 * noise))
@@ -1582,7 +1494,7 @@ def probe_cuts(rng: np.random.Generator) -> np.ndarray:
     """PROBES cuts, spread over 1 .. T-1 as a leak may begin anywhere, and the last ten positions on top."""
     T = MAX_SEQ_LEN
     spread = 1 + ((np.arange(PROBES) + rng.random(PROBES)) * (T - 1) / PROBES).astype(int)
-    return rng.permutation([*spread, *range(T - 10, T)])
+    return rng.permutation(np.concatenate([spread, np.arange(T - 10, T)]))
 
 
 # == Notebook ================================================================================================
@@ -1884,7 +1796,7 @@ class Notebook:
         message = run.message("nan (unfinished)", "The run goes on, or it was killed.\n")
         unfinished, commit = make_commit(tree, head, message)
         run = run._replace(commit=commit, ref=f"{REFS}{time_stamp()}-{commit}")
-        write_results([*runs, run])  # first, because it may fail
+        write_results(runs + [run])  # first, because it may fail
         git("update-ref", run.ref, unfinished, "")  # the empty text: the ref must not exist yet
         others = git("diff", "--name-only", "HEAD", "--", ":/", ":!train.py").split("\n")
         if others[0]:
@@ -1909,7 +1821,7 @@ class Notebook:
         git("update-ref", run.ref, commit, self.unfinished)
         run = run._replace(commit=short)
         try:
-            write_results([*others, run])
+            write_results(others + [run])
         except OSError as error:
             print(f"note: {RESULTS.name} was not written ({cause(error)}); git has the record", flush=True)
         try:
@@ -1926,7 +1838,7 @@ class Notebook:
             return "reproduced", f"{shown} (seed {run.seed})", "SEED is set, so this run is not judged"
         if self.remedy(others, run.commit):
             return "unjudged", f"{shown} (unjudged)", "HEAD's train.py has no score to compare with"
-        groups = comparable([*others, run], run.fingerprint)
+        groups = comparable(others + [run], run.fingerprint)
         mine = groups[run.code]
         if self.is_baseline:
             reason = f"this is HEAD's train.py, mean {fmean(scores(mine)):.6f} of {len(mine)} run(s)"
@@ -2375,7 +2287,7 @@ def draw(alike: list[Run], kept: list[Run], levels: list[float]) -> None:
 
     axes.plot(list(shown), list(shown.values()), "o", color="0.7", label="run")
     axes.plot(crosses, [top] * len(crosses), "rx", label="no score, or above", clip_on=False)
-    axes.stairs(best, [*kept_numbers, len(alike)], baseline=None, color="green", label="best")
+    axes.stairs(best, kept_numbers + [len(alike)], baseline=None, color="green", label="best")
     axes.plot(kept_numbers, levels, "o", color="green", label="kept")
     for number, level, run in zip(kept_numbers, levels, kept, strict=True):
         label = run.description[:40].replace("$", r"\$")
@@ -2411,7 +2323,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.report:
             report()
         else:
-            prepare(Options(arguments.data, arguments.num_shards, arguments.download_workers))
+            prepare(arguments)
         return 0
     except AutoresearchError as error:
         message = str(error)

@@ -5,6 +5,7 @@ import itertools
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -186,7 +187,7 @@ def test_without_a_limit_python_is_complete(pool, tmp_path):
     module = load(AUTORESEARCH_SCALE="desktop")
     (tmp_path / "built").mkdir()
     with python_library(source):
-        shards = module.python(tmp_path / "built", module.Options("python"))
+        shards = module.python(tmp_path / "built", None)
     pieces = texts(shards["train"] + shards["val"])
     assert sum(map(len, pieces)) == sum(map(len, written)) and len(set(pieces)) == len(pieces)
     assert tags("".join(pieces)) == tags("".join(written))
@@ -260,12 +261,28 @@ def test_tokens_stop_at_the_limit(cache, tmp_path):
     prepare.tokenize(shards, tmp_path / "all", tokenizer, prepare.progress_bar())
     whole = np.fromfile(tmp_path / "all", "<u2")
     starts = np.flatnonzero(whole == tokenizer.get_bos_token_id())
+    module = load()
     for limit in (1, 1000, 12_345, int(starts[50]), len(whole) - 1, len(whole)):
         target = tmp_path / str(limit)
-        prepare.tokenize(shards, target, tokenizer, prepare.progress_bar(), max_tokens=limit)
+        module.TRAIN_TOKENS = limit
+        module.tokenize(shards, target, tokenizer, module.progress_bar())
         tokens = np.fromfile(target, "<u2")
         assert limit - prepare.MAX_SEQ_LEN <= len(tokens) <= limit
         assert (tokens == whole[: len(tokens)]).all() and len(tokens) in {*starts.tolist(), len(whole)}
+
+
+def tokenized(shards: dict[str, list[str]], folder: Path, scale: str, tokenizer: prepare.Tokenizer):
+    """The training documents, as token ids, of shards {name: texts} and a validation shard."""
+    module = load(AUTORESEARCH_SCALE=scale)
+    folder.mkdir(parents=True)
+    paths = []
+    for name, documents in {"val.parquet": ["to be scored"], **shards}.items():
+        paths.append(folder / name)
+        pq.write_table(pa.table({"text": documents}), paths[-1])
+    hashes = {path: module.file_hash(path) for path in paths}
+    shard_paths = {"train": paths[1:], "val": paths[:1]}
+    _, train_paths = module.tokenize_shards(folder / "tokens", shard_paths, hashes, tokenizer, "")
+    return [ids.tolist() for ids, _ in module.documents(train_paths, tokenizer.bos, epochs=[1])]
 
 
 @pytest.mark.parametrize("scale", ["small", "desktop"])
@@ -273,21 +290,34 @@ def test_tokens_stop_at_the_limit(cache, tmp_path):
 def test_long_documents_are_cut_into_rows(cache, tmp_path, scale, folder):
     """So that packing does not crop them; published shards stay as they are, for results to compare."""
     tokenizer = prepare.Tokenizer.from_directory(active(cache).folder)
-    module = load(AUTORESEARCH_SCALE=scale)
-    texts = ["a b c " * 5000, "short", "d e f " * 900]
-    shard = tmp_path / folder / "train_0.parquet"
-    shard.parent.mkdir()
-    pq.write_table(pa.table({"text": texts}), shard)
-    module.tokenize([shard], tmp_path / "tokens", tokenizer, module.progress_bar())
-    tokens = np.fromfile(tmp_path / "tokens", "<u2").tolist()
-    bos = tokenizer.get_bos_token_id()
-    assert tokenizer.decode(token for token in tokens if token != bos) == "".join(texts)
-    starts = [i for i, token in enumerate(tokens) if token == bos]
-    lengths = [end - start for start, end in itertools.pairwise([*starts, len(tokens)])]
+    originals = ["a b c " * 5000, "short", "d e f " * 900]
+    documents = tokenized({"train.parquet": originals}, tmp_path / folder, scale, tokenizer)
+    ids = [number for document in documents for number in document[1:]]
+    assert sorted(ids) == sorted(itertools.chain(*tokenizer.encode(originals)))
     if scale != "small" and folder == prepare.DOWNLOADS:
-        assert len(lengths) == len(texts)
+        assert len(documents) == len(originals)
     else:
-        assert max(lengths) == module.MAX_SEQ_LEN + 1 and len(lengths) > 6
+        length = {"small": 256, "desktop": 2048}[scale]
+        assert max(map(len, documents)) == length + 1 and len(documents) > 6
+
+
+@pytest.mark.parametrize("scale", ["small", "desktop"])
+@pytest.mark.parametrize("folder", [prepare.DOWNLOADS, prepare.SHARDS])
+def test_a_folder_is_shuffled_where_it_is_read_as_a_whole(cache, tmp_path, scale, folder):
+    """Where it is sampled its order is random already; published shards keep theirs."""
+    tokenizer = prepare.Tokenizer.from_directory(active(cache).folder)
+    shards = {f"{shard}.parquet": [f"{shard}-{i}" for i in range(100)] for shard in "abc"}
+    documents = tokenized(shards, tmp_path / folder, scale, tokenizer)
+    found = [tokenizer.decode(document[1:]) for document in documents]
+    in_order = list(itertools.chain(*shards.values()))
+    assert sorted(found) == sorted(in_order)
+    again = tokenized(shards, tmp_path / "again" / folder, scale, tokenizer)
+    assert again == documents
+    if scale == "small" or folder == prepare.DOWNLOADS:
+        assert found == in_order
+    else:
+        first_third = Counter(text[0] for text in found[:100])
+        assert min(first_third.values()) > 20 and found[:100] != sorted(found[:100])
 
 
 @pytest.mark.slow
@@ -344,14 +374,14 @@ def plain_pieces(text: str) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
-@given(words=st.lists(WORDS, max_size=40), start=st.integers(0, 5000))
-def test_a_piece_ends_by_the_rule(words, start):
+@given(words=st.lists(WORDS, max_size=40))
+def test_a_piece_ends_by_the_rule(words):
     text = "".join(words)
-    assert prepare.piece_end(text, start) == plain_piece_end(text, start)
+    assert prepare.piece_end(text) == plain_piece_end(text, 0)
 
 
 def test_a_text_is_cut_the_same_in_any_buffer(pool, tmp_path):
-    """The file is read by the megabyte."""
+    """The file is read in parts."""
     rng = random.Random(0)
     parts = []
     for paragraph in itertools.islice(itertools.cycle(pool), 900):

@@ -6,6 +6,7 @@
 Tags in a text tell where it came from, wherever it turns up: ~17.3~ ends paragraph 3 of file 17.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -45,7 +46,7 @@ def read(source: Path, folder: Path, module: ModuleType = prepare) -> Read:
     folder.mkdir(parents=True, exist_ok=True)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        shards = module.own_data(folder, module.Options(str(source)))
+        shards = module.own_data(folder, argparse.Namespace(data=str(source)))
     return Read(texts(shards["train"]), texts(shards["val"]), output.getvalue())
 
 
