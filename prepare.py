@@ -93,33 +93,18 @@ def default_scale() -> str:
     return "full" if is_large else "desktop"
 
 
-class Scale(NamedTuple):
-    """What five minutes of one kind of device can train and score."""
-
-    max_seq_len: int
-    vocab_size: int
-    eval_tokens: int
-    train_tokens: int  # at most; 0 for all there are
-    corpus: str
-    sigma: float  # standard deviation of val_bpb between seeds, as a first guess
-
-
-SCALES = {
-    "full": Scale(2048, 8192, 40 * 524_288, train_tokens=0, corpus="climbmix", sigma=0.0007),
-    "desktop": Scale(2048, 8192, 10 * 524_288, train_tokens=0, corpus="climbmix", sigma=0.002),
-    "small": Scale(256, 2048, 2**18, train_tokens=2**23, corpus="tinystories", sigma=0.0045),
-}
 # set before default_scale(): asking for a device's name starts CUDA
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 SCALE = os.environ.get("AUTORESEARCH_SCALE") or default_scale()
-if SCALE not in SCALES:
-    sys.exit(f"error: AUTORESEARCH_SCALE is {SCALE!r}, not {', '.join(SCALES)}; unset it or correct it")
-MAX_SEQ_LEN = SCALES[SCALE].max_seq_len  # tokens of a row
-VOCAB_SIZE = SCALES[SCALE].vocab_size  # different tokens, SPECIAL_TOKENS included
-EVAL_TOKENS = SCALES[SCALE].eval_tokens  # tokens that the metric scores
-TRAIN_TOKENS = SCALES[SCALE].train_tokens  # at most, 0 for all; roughly what one run can read
+if SCALE not in ("full", "desktop", "small"):
+    sys.exit(f"error: AUTORESEARCH_SCALE is {SCALE!r}, not full, desktop, small; unset it or correct it")
+# what five minutes of each kind of device can train and score
+MAX_SEQ_LEN = {"full": 2048, "desktop": 2048, "small": 256}[SCALE]  # tokens of a row
+VOCAB_SIZE = {"full": 8192, "desktop": 8192, "small": 2048}[SCALE]  # tokens, SPECIAL_TOKENS included
+EVAL_TOKENS = {"full": 40 * 524_288, "desktop": 10 * 524_288, "small": 2**18}[SCALE]  # that the metric scores
+TRAIN_TOKENS = {"full": 0, "desktop": 0, "small": 2**23}[SCALE]  # at most, 0 for all; what one run can read
 TRAIN_BYTES = 4 * TRAIN_TOKENS  # of the texts that become these tokens
-DEFAULT_CORPUS = SCALES[SCALE].corpus
+DEFAULT_CORPUS = {"full": "climbmix", "desktop": "climbmix", "small": "tinystories"}[SCALE]
 
 budget = os.environ.get("AUTORESEARCH_BUDGET") or "300"
 if not re.fullmatch(r"\d{1,5}", budget) or not 5 <= int(budget) <= 86_400:
@@ -136,8 +121,8 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-# version and scale of a prepared folder; before version 3 no document was cut at the larger scales
-LAYOUT = [3, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
+# version and scale of a prepared folder; before version 4 no folder was shuffled at the larger scales
+LAYOUT = [4, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 DOWNLOADS = "downloads"  # folder of shards as they were published
 SHARDS = f"shards-{'-'.join(map(str, LAYOUT))}"  # folder of shards that are built here
 PREPARE_AGAIN = "run prepare.py again with the same --data"
@@ -174,7 +159,7 @@ PROBES = 256  # (row, cut) pairs that are asked again, at least
 TOLERANCE = 0.005  # nats that the future may move a loss by
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
-SIGMA = SCALES[SCALE].sigma
+SIGMA = {"full": 0.0007, "desktop": 0.002, "small": 0.0045}[SCALE]  # of val_bpb between seeds, a first guess
 SURE_SE = 4  # standard errors of a gain that is kept at first sight
 KEEP_SE = 0.25  # standard errors that a repeated gain must have; simulated in tests/test_verdict.py
 
@@ -393,7 +378,6 @@ class Prepared:
     """A prepared folder: the files that train.py reads, as its manifest has them."""
 
     folder: Path
-    corpus: str
     tokenizer_path: Path
     validation_path: Path
     train_paths: list[Path]  # flat uint16 token files
@@ -409,7 +393,6 @@ class Prepared:
                 raise ValueError(f"made for {manifest['layout']}, not {LAYOUT}")
             return cls(
                 folder=folder,
-                corpus=str(manifest["request"][0]),
                 tokenizer_path=folder / manifest["tokenizer"],
                 validation_path=folder / manifest["validation"],
                 train_paths=[folder / name for name in manifest["train"]],
@@ -425,17 +408,15 @@ class Prepared:
         try:
             name = (CACHE / f"active-{SCALE}").read_text()
         except FileNotFoundError:
-            found = f"nothing is prepared for {SCALE} in {CACHE}"
             remedy = "run: uv run prepare.py, or without a network: uv run prepare.py --data python"
-            raise AutoresearchError(f"{found}; {remedy}") from None
+            raise AutoresearchError(f"nothing is prepared for {SCALE} in {CACHE}; {remedy}") from None
         return cls.read(CACHE / name)
 
     def verify(self, *paths: Path) -> None:
         """Raise AutoresearchError if one of these files, by default of all, is not what prepare.py wrote."""
         for path in paths or (self.tokenizer_path, self.validation_path, *self.train_paths):
             if not path.exists() or file_hash(path) != self.hashes[path]:
-                found = f"{path}: altered, not as in the manifest"
-                raise AutoresearchError(f"{found}; delete it and {PREPARE_AGAIN}")
+                raise AutoresearchError(f"{path}: altered since it was made; delete it and {PREPARE_AGAIN}")
 
     @property
     def train_tokens(self) -> int:
@@ -723,9 +704,9 @@ def cut_text(file: TextIO) -> Iterator[str]:
 
 
 def piece_end(text: str) -> int:
-    """The index at which the first piece ends, in units of PIECE characters:
+    """The index at which the first piece ends; distances from the beginning are in units of PIECE characters.
 
-    at the first blank line between 1 and 2, otherwise the first line end between 2 and 4, otherwise the first
+    The first blank line between 1 and 2, otherwise the first line end between 2 and 4, otherwise the first
     space between 4 and 8, otherwise 8.
     """
     boundaries = [(r"\n[ \t]*\n", 1), (r"\n", 2), (r"\s", 4)]
@@ -923,20 +904,14 @@ def train_tokenizer(paths: list[Path], target: Path) -> None:
     ranks = learner.get_mergeable_ranks()
     size = len(ranks) + len(SPECIAL_TOKENS)
     if size != VOCAB_SIZE:
-        found = f"the corpus yields {size:,} tokens, not {VOCAB_SIZE:,}"
-        raise AutoresearchError(f"{found}; bring more varied text")
+        raise AutoresearchError(f"the corpus yields {size:,} tokens, not {VOCAB_SIZE:,}; bring more text")
     with published(target) as file:
         for token, rank in ranks:
             file.write(b"%s %d\n" % (base64.b64encode(bytes(token)), rank))
 
 
 def tokenize(
-    shards: Sequence[Path],
-    target: Path,
-    tokenizer: Tokenizer,
-    progress: tqdm,
-    longest: int = MAX_SEQ_LEN,
-    skip: Iterable[int] = (),
+    shards: Sequence[Path], target: Path, tokenizer: Tokenizer, progress: tqdm, longest: int, skip: set[int]
 ) -> None:
     """Write the documents of some shards as a flat uint16 file: BOS and tokens of each, up to TRAIN_TOKENS.
 
@@ -1111,8 +1086,7 @@ def is_current(folder: Path, request: list) -> bool:
 def derive(folder: Path, request: list, shards: Shards) -> None:
     """Make tokenizer, token files and validation rows from shards, and the manifest that vouches for them."""
     if not shards["train"] or not shards["val"]:
-        found = "the corpus has too few documents for a training and a validation split"
-        raise AutoresearchError(f"{found}; bring more text")
+        raise AutoresearchError("too few documents for a training and a validation split; bring more text")
     tokens = folder / "tokens"
     hashes = in_threads(file_hash, shards["val"] + shards["train"])
     print(f"corpus: {request[0]}, {len(hashes)} shards", flush=True)
@@ -1200,7 +1174,7 @@ def tokenize_shards(
 class Clock:
     """Times the run of this process, and knows what must not change meanwhile. Idle without an Experiment.
 
-    The order of a run: begin(), steps() to train, stop() as evaluate_bpb begins, finish() as it ends, end().
+    The order of a run: begin(), steps() to train, stop() as evaluate_bpb begins, finish() as it ends.
     """
 
     def __init__(self):
@@ -1217,21 +1191,9 @@ class Clock:
         self.seed = seed
         self.data = data
 
-    def end(self) -> None:
-        self.is_idle = True
-
     @property
     def training_seconds(self) -> float:
         return self.stopped_s - self.started_s
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """Since the training began."""
-        return time.perf_counter() - self.started_s
-
-    @property
-    def total_seconds(self) -> float:
-        return time.perf_counter() - self.begun_s
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was asked for."""
@@ -1288,8 +1250,7 @@ class Clock:
         if not math.isnan(self.stopped_s):
             raise MetricError("evaluate_bpb was called twice; a run has one score")
         if math.isnan(self.started_s):
-            remedy = "train in `for ... in run.steps()`"
-            raise MetricError(f"evaluate_bpb was called before the clock started; {remedy}")
+            raise MetricError("evaluate_bpb was called before the clock started; train in run.steps()")
         self.synchronize()
         self.stopped_s = time.perf_counter()
         limit = TIME_BUDGET + max(5, 0.02 * TIME_BUDGET)
@@ -1573,21 +1534,19 @@ class Verdict(NamedTuple):
 
 
 def git_bytes(*command: str, input: bytes | None = None, env: dict | None = None) -> bytes:
-    """What a git command prints, run in this folder; raises CalledProcessError."""
+    """What a git command prints, run in this folder; OSError with git's own words if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in GIT_LOCATION}
     options = {"env": environment | (env or {}), "cwd": HERE, "check": True, "capture_output": True}
     durable = ("-c", "core.fsync=loose-object,reference")  # a commit must survive a power cut
-    return subprocess.run(["git", *durable, *command], input=input, **options).stdout
+    try:
+        return subprocess.run(["git", *durable, *command], input=input, **options).stdout
+    except subprocess.CalledProcessError as error:
+        complaint = error.stderr.decode("utf-8", "replace") or str(error)
+        raise OSError(" ".join(complaint.split())) from None
 
 
 def git(*command: str, input: bytes | None = None, env: dict | None = None) -> str:
     return git_bytes(*command, input=input, env=env).decode("utf-8", "replace").strip()
-
-
-def cause(error: Exception) -> str:
-    """What git or the system complained of, and git's own remedy, in one line."""
-    complaint = getattr(error, "stderr", b"") or str(error).encode()
-    return " ".join(complaint.decode("utf-8", "replace").split())
 
 
 def make_commit(tree: str, parent: str, message: str) -> tuple[str, str]:
@@ -1596,7 +1555,7 @@ def make_commit(tree: str, parent: str, message: str) -> tuple[str, str]:
     text = message.replace("\0", "").encode("utf-8", "replace")
     try:
         commit = git(*command, input=text)
-    except subprocess.CalledProcessError:  # git knows no user name or e-mail here
+    except OSError:  # git knows no user name or e-mail here
         names = "GIT_AUTHOR_NAME GIT_AUTHOR_EMAIL GIT_COMMITTER_NAME GIT_COMMITTER_EMAIL".split()
         commit = git(*command, input=text, env=dict.fromkeys(names, "autoresearch"))
     return commit, git("rev-parse", "--short", commit)
@@ -1651,7 +1610,7 @@ def read_objects(names: list[str]) -> dict[str, str]:
     """{name: text} of git objects, without those that cannot be read."""
     try:
         answers = io.BytesIO(git_bytes("cat-file", "--batch", input="\n".join(names).encode()))
-    except subprocess.CalledProcessError:  # git ends at the first damaged one: look for it in both halves
+    except OSError:  # git ends at the first damaged one: look for it in both halves
         half = len(names) // 2
         if not half:
             return {}
@@ -1762,8 +1721,7 @@ class Notebook:
     def open(cls, description: str, fingerprint: str, seed: int | None = None) -> "Notebook":
         """Begin a record. If no seed is given, it is the lowest from 42 up that this code has not finished.
 
-        Raises AutoresearchError for a run that could not be compared, OSError or CalledProcessError for one
-        that could not be recorded.
+        Raises AutoresearchError for a run that cannot be compared, OSError for one that cannot be recorded.
         """
         branch = git("branch", "--show-current")
         if not branch:
@@ -1823,13 +1781,12 @@ class Notebook:
         try:
             write_results(others + [run])
         except OSError as error:
-            print(f"note: {RESULTS.name} was not written ({cause(error)}); git has the record", flush=True)
+            print(f"note: {RESULTS.name} was not written ({error}); git has the record", flush=True)
         try:
             notes = [line for line in (reason, self.save_edits(others)) if line]
             return Verdict(status, "\n".join(notes), from_here(self.next_command(run, others)))
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = f"the run is recorded, but: {cause(error)}"
-            return Verdict(status, reason, "# look after train.py yourself")
+        except OSError as error:
+            return Verdict(status, f"the run is recorded, but: {error}", "# look after train.py yourself")
 
     def compare(self, run: Run, others: list[Run]) -> tuple[str, str, str]:
         """Status, the number in the commit's subject and a line of reasons, for a run that has a score."""
@@ -1922,8 +1879,7 @@ def running_source() -> bytes:
     except SyntaxError:
         code = None
     if code not in running:
-        found = "train.py was edited while this run started, so it is not what runs"
-        raise AutoresearchError(f"{found}; run it again")
+        raise AutoresearchError("train.py was edited while this run started; run it again")
     return source
 
 
@@ -1959,8 +1915,9 @@ class TrainingLog:
         self.tokens += tokens
         self.epoch = epoch
         self.flops += tokens * flops_per_token
-        if self.checked and CLOCK.elapsed_seconds - self.shown[0] >= LOG_SECONDS:
-            self.show(lr_frac)
+        elapsed = time.perf_counter() - CLOCK.started_s
+        if self.checked and elapsed - self.shown[0] >= LOG_SECONDS:
+            self.show(elapsed, lr_frac)
 
     def check(self, steps: int) -> None:
         """Read the losses of the first `steps`; AutoresearchError if one is not a number, or has exploded."""
@@ -1972,8 +1929,7 @@ class TrainingLog:
             self.average_loss = 0.9 * self.average_loss + 0.1 * loss if step else loss
             self.checked = step + 1
 
-    def show(self, lr_frac: float) -> None:
-        elapsed = CLOCK.elapsed_seconds
+    def show(self, elapsed: float, lr_frac: float) -> None:
         now = np.array([elapsed, self.steps, self.tokens, self.flops])
         seconds, steps, tokens, flops = now - self.shown
         self.shown = now
@@ -2037,6 +1993,7 @@ class Experiment:
         wanted = os.environ.get("OMP_NUM_THREADS", "")
         if wanted.isdigit() and int(wanted) > cpu_threads():
             print(f"note: OMP_NUM_THREADS is {wanted}, but only {cpu_threads()} CPUs may be used, and are")
+
         tokenizer = Tokenizer.from_directory()
         self.data = tokenizer.data
         self.fingerprint = self.data.fingerprint(self.device)
@@ -2051,24 +2008,24 @@ class Experiment:
             try:
                 seed = None if chosen_seed is None else self.seed
                 self.notebook = Notebook.open(self.description, self.fingerprint, seed)
-            except (OSError, subprocess.CalledProcessError) as error:
+            except OSError as error:
                 remedy = "fix that, or run without a description, which records nothing"
-                raise AutoresearchError(f"the run cannot be recorded: {cause(error)}; {remedy}") from None
+                raise AutoresearchError(f"the run cannot be recorded: {error}; {remedy}") from None
             self.seed = CLOCK.seed = self.notebook.run.seed
         check_constants()
         torch.manual_seed(self.seed)
-        self._print_stakes(bytes_per_token)
+
+        kind = "experiment" if self.notebook else "plain run, not recorded"
+        print(f"{kind}: {SCALE} scale, {TIME_BUDGET} s, seed {self.seed}, {device_name(self.device)}")
+        corpus = self.data.folder.name.removesuffix(f"-{SCALE}")
+        tokens = self.data.train_tokens
+        epoch = f"at most {tokens // (MAX_SEQ_LEN + 1):,} rows an epoch, {bytes_per_token:.2f} bytes a token"
+        print(f"corpus: {corpus}, {tokens:,} training tokens, {epoch}", flush=True)
+
         self.data_check = ThreadPoolExecutor(1).submit(self.data.verify)
         threading.Thread(target=self._watch, daemon=True).start()
         # for a hang that holds the interpreter, so that no thread runs; its record stays unfinished
         faulthandler.dump_traceback_later(TIME_BUDGET + GRACE + 30, exit=True, file=self.stderr)
-
-    def _print_stakes(self, bytes_per_token: float) -> None:
-        kind = "experiment" if self.notebook else "plain run, not recorded"
-        print(f"{kind}: {SCALE} scale, {TIME_BUDGET} s, seed {self.seed}, {device_name(self.device)}")
-        tokens = self.data.train_tokens
-        epoch = f"at most {tokens // (MAX_SEQ_LEN + 1):,} rows an epoch, {bytes_per_token:.2f} bytes a token"
-        print(f"corpus: {self.data.corpus}, {tokens:,} training tokens, {epoch}", flush=True)
 
     def _watch(self) -> None:
         if not self.has_ended.wait(TIME_BUDGET + GRACE):
@@ -2098,7 +2055,8 @@ class Experiment:
         log = self.log
         if log.tokens:
             share = log.tokens / self.data.train_tokens
-            print(f"read {log.tokens:,} tokens, {share:.2f} of the corpus, up to epoch {log.epoch}")
+            epoch = f", up to epoch {log.epoch}" if log.epoch else ""
+            print(f"read {log.tokens:,} tokens, {share:.2f} of the corpus{epoch}")
         print("---", self._summary(), sep="\n", flush=True)
 
     def _summary(self) -> str:
@@ -2107,7 +2065,7 @@ class Experiment:
         values = {
             "val_bpb": f"{CLOCK.val_bpb:.6f}",
             "training_seconds": CLOCK.training_seconds,
-            "total_seconds": CLOCK.total_seconds,
+            "total_seconds": time.perf_counter() - CLOCK.begun_s,
             "peak_vram_mb": peak_memory_mb(self.device),
             "mfu_percent": told.get("mfu_percent", log.mfu(log.flops, CLOCK.training_seconds)),
             "total_tokens_M": told.get("total_tokens_M", log.tokens / 1e6 or "n/a"),
@@ -2158,11 +2116,10 @@ class Experiment:
             if self.has_ended.is_set():
                 return
             self.has_ended.set()
-            CLOCK.end()
+            CLOCK.is_idle = True
             self.exit_code = 1 if failure else 0
             with contextlib.suppress(OSError):  # nobody may be there to read it
-                if sys.stdout:
-                    sys.stdout.flush()
+                print(end="", flush=True)
                 if message:
                     print(message, file=sys.stderr, flush=True)
             faulthandler.cancel_dump_traceback_later()  # not before: a full pipe can block the lines above
@@ -2176,15 +2133,14 @@ class Experiment:
             val_bpb=math.nan if failure else CLOCK.val_bpb,
             steps=steps if isinstance(steps, int) else self.log.steps,
             memory_gb=peak_memory_mb(self.device) / 1024,
-            seconds=CLOCK.total_seconds,
+            seconds=time.perf_counter() - CLOCK.begun_s,
             details=f"{self._summary()}\n\n{message}",
         )
         try:
             verdict = self.notebook.close(outcome)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except OSError as error:
             self.exit_code = 1
-            found = f"error: not recorded: {cause(error)}"
-            print(f"{found}; fix that and run it again", file=sys.stderr, flush=True)
+            print(f"error: not recorded: {error}; fix that and run it again", file=sys.stderr, flush=True)
             return
         with contextlib.suppress(OSError):
             if verdict.reason:
@@ -2201,8 +2157,8 @@ def report() -> None:
         runs = read_runs()
         codes = set(history().values())
         branch = git("branch", "--show-current")
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise AutoresearchError(f"there is no record to report: {cause(error)}") from None
+    except OSError as error:
+        raise AutoresearchError(f"there is no record to report: {error}") from None
     if not runs:
         raise AutoresearchError(f"{HERE}: no experiments yet; run: uv run train.py baseline")
     write_results(runs)

@@ -258,14 +258,14 @@ def test_tokens_stop_at_the_limit(cache, tmp_path):
     prepared = active(cache)
     tokenizer = prepare.Tokenizer.from_directory(prepared.folder)
     shards = sorted(prepared.folder.glob("shards*/train_*.parquet"))
-    prepare.tokenize(shards, tmp_path / "all", tokenizer, prepare.progress_bar())
+    prepare.tokenize(shards, tmp_path / "all", tokenizer, prepare.progress_bar(), prepare.MAX_SEQ_LEN, set())
     whole = np.fromfile(tmp_path / "all", "<u2")
     starts = np.flatnonzero(whole == tokenizer.get_bos_token_id())
     module = load()
     for limit in (1, 1000, 12_345, int(starts[50]), len(whole) - 1, len(whole)):
         target = tmp_path / str(limit)
         module.TRAIN_TOKENS = limit
-        module.tokenize(shards, target, tokenizer, module.progress_bar())
+        module.tokenize(shards, target, tokenizer, module.progress_bar(), module.MAX_SEQ_LEN, set())
         tokens = np.fromfile(target, "<u2")
         assert limit - prepare.MAX_SEQ_LEN <= len(tokens) <= limit
         assert (tokens == whole[: len(tokens)]).all() and len(tokens) in {*starts.tolist(), len(whole)}
