@@ -6,7 +6,7 @@
 No experiment edits this file. Part I runs once and turns a corpus into the files that train.py reads. Part II
 runs in every experiment: it serves the training data, keeps the time, scores the model and writes the record.
 
-Shapes: B rows of a batch, T tokens of a row, V tokens of the vocabulary.
+Shapes: B rows of a batch, T tokens of a row, V tokens of the vocabulary, N heads of width H.
 """
 
 import argparse
@@ -121,7 +121,7 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-# version and scale of a prepared folder; before version 4 no folder was shuffled at the larger scales
+# version and scale of a prepared folder; before version 4 texts of one's own were not shuffled on a GPU
 LAYOUT = [4, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 DOWNLOADS = "downloads"  # folder of shards as they were published
 SHARDS = f"shards-{'-'.join(map(str, LAYOUT))}"  # folder of shards that are built here
@@ -275,14 +275,18 @@ def usable_cpus(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -
     """The smaller of this process's affinity and the quotas of its cgroups, versions 1 and 2."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    lines = Path(proc).read_text().splitlines() if os.path.exists(proc) else []
+    lines = []
+    with contextlib.suppress(OSError):  # not Linux
+        lines = Path(proc).read_text().splitlines()
     for line in lines:
         _, controllers, name = line.split(":", 2)
         folder = Path(root, controllers, name.lstrip("/"))
         for group in [folder] + list(folder.parents):
             # quota and period stand in one file of version 2, or in two of version 1
             paths = [group / file for file in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
-            numbers = " ".join(path.read_text() for path in paths if path.exists())
+            numbers = ""
+            with contextlib.suppress(OSError):  # hidden from this process, or gone meanwhile
+                numbers = " ".join(path.read_text() for path in paths if path.exists())
             limit = re.fullmatch(r"(\d+)\s+(\d+)\s*", numbers)  # without a quota it is "max" or -1
             if limit:
                 cpus = min(cpus, max(1, int(limit[1]) // int(limit[2])))
@@ -412,9 +416,9 @@ class Prepared:
             raise AutoresearchError(f"nothing is prepared for {SCALE} in {CACHE}; {remedy}") from None
         return cls.read(CACHE / name)
 
-    def verify(self, *paths: Path) -> None:
-        """Raise AutoresearchError if one of these files, by default of all, is not what prepare.py wrote."""
-        for path in paths or (self.tokenizer_path, self.validation_path, *self.train_paths):
+    def verify(self) -> None:
+        """Raise AutoresearchError if a file that a score depends on is not what prepare.py wrote."""
+        for path in (self.tokenizer_path, self.validation_path, *self.train_paths):
             if not path.exists() or file_hash(path) != self.hashes[path]:
                 raise AutoresearchError(f"{path}: altered since it was made; delete it and {PREPARE_AGAIN}")
 
@@ -441,8 +445,8 @@ class Prepared:
 # A corpus is a function (folder, command line) -> {"train": paths, "val": paths} of parquet files below
 # `folder` with a column `text`. To add one, write such a function, name it in CORPORA and commit: an
 # experiment refuses a prepare.py that is not committed. Scores from before do not compare with later ones. If
-# you change such a function later, delete the corpus's folder in the cache. What it fetches as it is goes to
-# DOWNLOADS, what it builds to SHARDS; see tokenize_shards for the difference.
+# you change such a function later, delete the corpus's folder in the cache. Shards below DOWNLOADS are as
+# they were published, those below SHARDS are built here; see tokenize_shards for the difference.
 
 Shards = dict[str, list[Path]]
 
@@ -531,11 +535,11 @@ def tinystories(folder: Path, options: argparse.Namespace) -> Shards:
         for row, text in enumerate(texts(path)):
             if 10_000 <= row < 20_000:
                 yield "val", text
-            elif row >= 20_000 and train_bytes > 0:
+            elif row >= 20_000:
+                if train_bytes <= 0:
+                    return
                 train_bytes -= len(text)  # the text is ASCII
                 yield "train", text
-            elif row >= 20_000:
-                return
 
     return build_shards(folder / SHARDS, documents())
 
@@ -782,7 +786,7 @@ class Sample:
     def add(self, text: str) -> None:
         key = content_hash(text)
         size = len(text.encode())
-        # a document longer than max_bytes would be all of the sample
+        # a document longer than max_bytes would push out all others
         if key >= self.cutoff or key in self.texts or size > self.max_bytes:
             return
         self.texts[key] = text
@@ -839,12 +843,10 @@ class Tokenizer:
     def __init__(self, path: Path, data: Prepared | None = None):
         self.data = data
         self.bos = VOCAB_SIZE - len(SPECIAL_TOKENS)
-        if data:
-            data.verify(path)
-        ranks = {}
-        for line in path.read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+        ranks = read_ranks(path)
+        has_bytes = {bytes([i]) for i in range(256)} < ranks.keys()
+        if not has_bytes or list(ranks.values()) != list(range(self.bos)):
+            raise AutoresearchError(f"{path}: no tokenizer of {VOCAB_SIZE:,}; delete it and {PREPARE_AGAIN}")
         special = {name: self.bos + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
@@ -886,6 +888,16 @@ class Tokenizer:
         return self.bos
 
 
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The rank of each token, from lines `base64(token) rank`, up to one that is not like that."""
+    ranks = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    return ranks
+
+
 def train_tokenizer(paths: list[Path], target: Path) -> None:
     """Learn merges from the beginnings of the first documents; AutoresearchError if there are too few."""
 
@@ -904,7 +916,8 @@ def train_tokenizer(paths: list[Path], target: Path) -> None:
     ranks = learner.get_mergeable_ranks()
     size = len(ranks) + len(SPECIAL_TOKENS)
     if size != VOCAB_SIZE:
-        raise AutoresearchError(f"the corpus yields {size:,} tokens, not {VOCAB_SIZE:,}; bring more text")
+        found = f"the corpus yields {size:,} tokens, not {VOCAB_SIZE:,}"
+        raise AutoresearchError(f"{found}; bring more varied text")
     with published(target) as file:
         for token, rank in ranks:
             file.write(b"%s %d\n" % (base64.b64encode(bytes(token)), rank))
@@ -947,19 +960,22 @@ def documents(paths: list[Path], bos: int, epochs: Iterable[int]) -> Iterator[tu
                 yield tokens[start:end], epoch
 
 
-def shuffle(paths: list[Path], bos: int, folder: Path) -> Path:
-    """A token file with the documents of all `paths` in a random order, the same each time.
+def shuffle(paths: list[Path], bos: int, folder: Path) -> list[Path]:
+    """As many token files as `paths`, with their documents in a random order, the same each time.
 
     A folder is read in the order of its names, and a long text becomes many documents in a row. Unshuffled,
     a batch would be of one subject, and a run of less than an epoch would not see what comes last.
     """
-    target = folder / f"train-{short_hash([path.name for path in paths])}.bin"
-    if not target.exists():
+    made_from = short_hash([path.name for path in paths])
+    targets = [folder / f"train_{number:05d}-{made_from}.bin" for number in range(len(paths))]
+    if not all(target.exists() for target in targets):
         whole = [tokens for tokens, _ in documents(paths, bos, epochs=[1])]
-        with published(target) as file:
-            for number in np.random.default_rng(0).permutation(len(whole)):
-                file.write(whole[number])
-    return target
+        order = np.random.default_rng(0).permutation(len(whole))
+        for target, numbers in zip(targets, np.array_split(order, len(targets)), strict=True):
+            with published(target) as file:
+                for number in progress_bar(numbers, desc="shuffle", unit=" documents"):
+                    file.write(whole[number])
+    return targets
 
 
 def packed(documents: Iterator[tuple[np.ndarray, int]], capacity: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -1121,7 +1137,7 @@ def derive(folder: Path, request: list, shards: Shards) -> None:
 
     current = set(hashes)
     current.update(path.parent for path in hashes)  # a folder of shards is removed as a whole
-    for path in set(tokens.iterdir()).union(folder.glob("shards*")) - current:  # of an older corpus
+    for path in set(tokens.iterdir()).union(folder.glob("shards*")) - current:  # not needed any more
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -1133,19 +1149,21 @@ def tokenize_shards(
 ) -> tuple[Path, list[Path]]:
     """The token file of the validation split and those of the training split, written if they are missing.
 
-    Published shards have a file each. Those that are built here end in one: where the number of training
-    tokens is limited, in their order, since the limit counts over all of them; otherwise shuffled. Documents
-    of the validation split are not trained on.
+    Where the number of training tokens is limited, the limit counts over all shards in their order, so they
+    share one file. Otherwise each shard has its own, and the documents of shards that are built here are
+    shuffled over all files. Documents of the validation split are not trained on.
     """
     validation = {content_hash(text) for path in shards["val"] for text in texts(path)}
     val_group = tuple(shards["val"])
     train_groups = [tuple(shards["train"])] if TRAIN_TOKENS else [(path,) for path in shards["train"]]
     val_hashes = [hashes[path] for path in val_group]
-    # at the scales with published results the documents of published shards stay whole, as they were there
-    is_published = SCALE != "small" and shards["train"][0].parent.name == DOWNLOADS
-    longest = sys.maxsize if is_published else MAX_SEQ_LEN
+
+    def is_published(shard: Path) -> bool:
+        """Whether documents stay whole and in their order, as in the published results of these scales."""
+        return SCALE != "small" and shard.parent.name == DOWNLOADS
 
     def tokenize_group(group: tuple[Path, ...]) -> Path:
+        longest = sys.maxsize if is_published(group[0]) else MAX_SEQ_LEN
         sources = [hashes[path] for path in group]
         made_from = short_hash(tokenizer_hash, LAYOUT, longest, val_hashes, sources)
         target = tokens / f"{group[0].stem}-{made_from}.bin"
@@ -1157,8 +1175,8 @@ def tokenize_shards(
     with progress_bar(desc="tokens", unit=" documents") as progress:
         paths = in_threads(tokenize_group, [val_group] + train_groups)
     train_paths = [paths[group] for group in train_groups]
-    if not TRAIN_TOKENS and not is_published:
-        train_paths = [shuffle(train_paths, tokenizer.get_bos_token_id(), tokens)]
+    if not TRAIN_TOKENS and not is_published(shards["train"][0]):
+        train_paths = shuffle(train_paths, tokenizer.get_bos_token_id(), tokens)
     if not any(path.stat().st_size for path in train_paths):
         raise AutoresearchError("every training document is a validation document, too; bring more text")
     return paths[val_group], train_paths
@@ -1222,7 +1240,7 @@ class Clock:
             if is_cuda and step >= 2:  # the host goes one step ahead, once two have shown how long they take
                 last_step_done = this_step_done
                 this_step_done = torch.cuda.current_stream().record_event()
-                if last_step_done is None:
+                if step == 2:
                     continue
                 last_step_done.synchronize()
             else:
@@ -1364,14 +1382,14 @@ def score(model: Callable, rows: torch.Tensor, batch: int) -> torch.Tensor:
         return (token_losses(model, first) - first_losses).abs().max().item()
 
     noise = change_of_first()
-    if not noise <= NOISE_LIMIT:
+    if noise > NOISE_LIMIT:
         found = f"two identical calls of the model differ by {noise:.3g} nat"
         raise MetricError(f"{found}, more than {NOISE_LIMIT:.3g}")
 
     def require_unchanged() -> None:
         change = change_of_first()
         allowed = max(TOLERANCE, 3 * noise)  # with a margin: noise was measured once
-        if not change <= allowed:
+        if change > allowed:
             found = f"the same rows moved by {change:.3g} nat, more than {allowed:.3g}"
             raise MetricError(f"the evaluation must leave the model as it is, but {found}")
 
@@ -1443,7 +1461,7 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
         inputs = torch.where(before_cut_BT, rows[probed_B, :-1], rows[other_B, :-1])
         change_BT = (token_losses(model, rows[probed_B], inputs) - losses[probed_B]).abs() * before_cut_BT
         largest = change_BT.max().item()
-        if not largest <= allowed:
+        if largest > allowed:
             place, position = divmod(int(change_BT.argmax()), T)
             found = f"the prediction at position {position} moves by {largest:.3g} nat"
             where = f"when inputs from position {cut_B[place]} on and other rows are replaced"
@@ -1452,7 +1470,7 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
 
 
 def probe_cuts(rng: np.random.Generator) -> np.ndarray:
-    """PROBES cuts, spread over 1 .. T-1 as a leak may begin anywhere, and the last ten positions on top."""
+    """PROBES cuts, spread over 1 .. T-1 as a leak may begin anywhere, and the last ten: few fall there."""
     T = MAX_SEQ_LEN
     spread = 1 + ((np.arange(PROBES) + rng.random(PROBES)) * (T - 1) / PROBES).astype(int)
     return rng.permutation(np.concatenate([spread, np.arange(T - 10, T)]))
@@ -1473,7 +1491,7 @@ GIT_LOCATION = (  # set by a hook or an editor, these would lead git to another 
 class Run(NamedTuple):
     """One experiment, as its commit records it."""
 
-    status: str
+    status: str  # unfinished, or what became of it: see Outcome.failure and Notebook.compare
     val_bpb: float  # not a number without a score
     seed: int
     code: str  # the blob of its train.py
@@ -1533,8 +1551,12 @@ class Verdict(NamedTuple):
 # -- git
 
 
+class GitError(OSError):
+    """What git complained of, in one line."""
+
+
 def git_bytes(*command: str, input: bytes | None = None, env: dict | None = None) -> bytes:
-    """What a git command prints, run in this folder; OSError with git's own words if it fails."""
+    """What a git command prints, run in this folder; GitError if it fails, OSError if there is no git."""
     environment = {name: value for name, value in os.environ.items() if name not in GIT_LOCATION}
     options = {"env": environment | (env or {}), "cwd": HERE, "check": True, "capture_output": True}
     durable = ("-c", "core.fsync=loose-object,reference")  # a commit must survive a power cut
@@ -1542,7 +1564,7 @@ def git_bytes(*command: str, input: bytes | None = None, env: dict | None = None
         return subprocess.run(["git", *durable, *command], input=input, **options).stdout
     except subprocess.CalledProcessError as error:
         complaint = error.stderr.decode("utf-8", "replace") or str(error)
-        raise OSError(" ".join(complaint.split())) from None
+        raise GitError(" ".join(complaint.split())) from None
 
 
 def git(*command: str, input: bytes | None = None, env: dict | None = None) -> str:
@@ -1555,7 +1577,7 @@ def make_commit(tree: str, parent: str, message: str) -> tuple[str, str]:
     text = message.replace("\0", "").encode("utf-8", "replace")
     try:
         commit = git(*command, input=text)
-    except OSError:  # git knows no user name or e-mail here
+    except GitError:  # it knows no user name or e-mail here
         names = "GIT_AUTHOR_NAME GIT_AUTHOR_EMAIL GIT_COMMITTER_NAME GIT_COMMITTER_EMAIL".split()
         commit = git(*command, input=text, env=dict.fromkeys(names, "autoresearch"))
     return commit, git("rev-parse", "--short", commit)
@@ -1610,7 +1632,7 @@ def read_objects(names: list[str]) -> dict[str, str]:
     """{name: text} of git objects, without those that cannot be read."""
     try:
         answers = io.BytesIO(git_bytes("cat-file", "--batch", input="\n".join(names).encode()))
-    except OSError:  # git ends at the first damaged one: look for it in both halves
+    except GitError:  # it ends at the first damaged one: look for it in both halves
         half = len(names) // 2
         if not half:
             return {}
@@ -1756,10 +1778,14 @@ class Notebook:
         run = run._replace(commit=commit, ref=f"{REFS}{time_stamp()}-{commit}")
         write_results(runs + [run])  # first, because it may fail
         git("update-ref", run.ref, unfinished, "")  # the empty text: the ref must not exist yet
-        others = git("diff", "--name-only", "HEAD", "--", ":/", ":!train.py").split("\n")
-        if others[0]:
+        others = git("diff", "--name-only", "HEAD", "--", ":/", ":!train.py").splitlines()
+        if others:
             print("note: other edits are left alone:", " ".join(others)[:200])
-        return cls(run, head, incumbent, tree, unfinished, seed is not None, lock)
+        notebook = cls(run, head, incumbent, tree, unfinished, seed is not None, lock)
+        remedy = notebook.remedy(runs, commit)
+        if remedy and seed is None:
+            print(f"note: HEAD's train.py has no score, so this run cannot be judged; {from_here(remedy)}")
+        return notebook
 
     @property
     def is_baseline(self) -> bool:
@@ -1789,7 +1815,7 @@ class Notebook:
             return Verdict(status, f"the run is recorded, but: {error}", "# look after train.py yourself")
 
     def compare(self, run: Run, others: list[Run]) -> tuple[str, str, str]:
-        """Status, the number in the commit's subject and a line of reasons, for a run that has a score."""
+        """Status, the number in the commit's subject and the reasons, for a run that has a score."""
         shown = f"{run.val_bpb:.6f}"
         if self.seed_is_chosen:
             return "reproduced", f"{shown} (seed {run.seed})", "SEED is set, so this run is not judged"
@@ -1819,10 +1845,10 @@ class Notebook:
     def remedy(self, runs: list[Run], commit: str) -> str:
         """The command that brings a score to judge this run by; "" if it can be judged.
 
-        It can if HEAD's train.py has a score. If that never had any, HEAD was committed by hand, and the
-        score of an ancestor is to be compared with: what a verdict committed has a score, maybe of another
-        corpus or budget. Otherwise any score is a beginning in two cases: this run is HEAD's train.py itself,
-        or that was run before and failed. `commit` holds the train.py of this run.
+        As a rule HEAD's train.py must have a score with this fingerprint. If it has none with any, but a
+        commit before it has one with this, HEAD was committed by hand, and that commit is to be compared
+        with. If there is nothing to compare with, any score is a beginning where this run is HEAD's train.py,
+        or where that was tried and failed. `commit` holds the train.py of this run.
         """
         measured = comparable(runs, self.run.fingerprint)
         if self.incumbent in measured:
@@ -1903,7 +1929,14 @@ class TrainingLog:
         self.flops = 0.0
         self.shown = np.zeros(4)  # seconds, steps, tokens and FLOPs at the last line
 
-    def __call__(self, loss: torch.Tensor, tokens=0, flops_per_token=0.0, lr_frac=math.nan, epoch=0) -> None:
+    def __call__(
+        self,
+        loss: torch.Tensor,
+        tokens: int = 0,
+        flops_per_token: float = 0.0,
+        lr_frac: float = math.nan,
+        epoch: int = 0,
+    ) -> None:
         """Report a step: its mean loss, 0-D in nats, and what it consisted of. A line comes every 10 s.
 
         Raises AutoresearchError if the loss of two steps ago is not a number or has exploded. A run that
@@ -1926,7 +1959,7 @@ class TrainingLog:
             if not (math.isfinite(loss) and loss <= LOSS_LIMIT):
                 found = f"step {step}: the loss is {loss:.4g}, not a number up to {LOSS_LIMIT}"
                 raise AutoresearchError(f"{found}; lower the learning rates, or warm up")
-            self.average_loss = 0.9 * self.average_loss + 0.1 * loss if step else loss
+            self.average_loss = loss if step == 0 else 0.9 * self.average_loss + 0.1 * loss
             self.checked = step + 1
 
     def show(self, elapsed: float, lr_frac: float) -> None:
@@ -2108,7 +2141,7 @@ class Experiment:
         self._finish(failure, message)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        return True
+        return True  # the error is printed and recorded, not raised
 
     def _finish(self, failure: str, message: str) -> None:
         """The end of a run, whichever thread comes first: say what went wrong, record, print the verdict."""
@@ -2162,8 +2195,8 @@ def report() -> None:
     if not runs:
         raise AutoresearchError(f"{HERE}: no experiments yet; run: uv run train.py baseline")
     write_results(runs)
-    newest = [run for run in runs if run.branch == branch] or runs
-    fingerprint = newest[-1].fingerprint
+    on_branch = [run for run in runs if run.branch == branch] or runs
+    fingerprint = on_branch[-1].fingerprint
     alike = [run for run in runs if run.fingerprint == fingerprint]
     groups = comparable(runs, fingerprint)
     kept = []  # for each code in HEAD's history its run with status keep, otherwise its first
@@ -2173,6 +2206,7 @@ def report() -> None:
     kept.sort(key=lambda run: run.ref)
     levels = [fmean(scores(groups[run.code])) for run in kept]
     print_night(runs, alike, kept, levels)
+    print_pending(on_branch, kept)
     print_branches(runs)
     try:
         draw(alike, kept, levels)
@@ -2206,8 +2240,20 @@ def print_night(runs: list[Run], alike: list[Run], kept: list[Run], levels: list
     print("\n".join(lines[-20:]))
 
 
+def print_pending(on_branch: list[Run], kept: list[Run]) -> None:
+    """Runs after the last kept one that were kept but not merged; the newest may also be undecided."""
+    last_kept = max((run.ref for run in kept), default="")
+    pending = []
+    for run in on_branch:
+        is_undecided = run is on_branch[-1] and run.status in ("maybe", "stopped", "unfinished")
+        if run.ref > last_kept and (run.status == "keep" or is_undecided):
+            pending.append(run)
+    for run in pending[-3:]:
+        print(f"pending: {run.commit}  {run.val_bpb:.6f}  {run.status}: {run.description}")
+
+
 def print_branches(runs: list[Run]) -> None:
-    """A line for each branch, up to eight, so that programs that worked side by side can be compared."""
+    """A line for each branch, up to eight, so that two program.md can be compared."""
     branches: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         branches[run.branch].append(run)
@@ -2224,8 +2270,8 @@ def print_branches(runs: list[Run]) -> None:
 
 
 def draw(alike: list[Run], kept: list[Run], levels: list[float]) -> None:
-    """Every run a dot, kept ones labelled, the best so far a line; a cross at the top has no place below."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook sets one that may not exist here
+    """Every run a dot, kept ones labelled, the best so far a line. A cross: no score, or above the top."""
+    os.environ.pop("MPLBACKEND", None)  # Jupyter sets one that may not exist here
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
@@ -2252,6 +2298,7 @@ def draw(alike: list[Run], kept: list[Run], levels: list[float]) -> None:
     axes.set_title(f"{len(alike)} runs, {len(kept)} kept")
     axes.set(xlabel="run", ylabel="val_bpb (lower is better)")
     axes.set(xlim=(0, 1.15 * len(alike) + 1), ylim=(low - 0.15 * height, top))
+    axes.tick_params(axis="y", labelleft=bool(shown))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper right", fontsize=8)

@@ -496,7 +496,7 @@ def test_the_unjudged_are_told_to_measure_a_baseline(tmp_path, cache):
     old_entry = lab.git("stash", "list")
     lab.edit(BETTER)
     outcome = lab.run("4 -> 7 steps")
-    assert outcome.status == "unjudged"
+    assert outcome.status == "unjudged" and "cannot be judged" in outcome.output.splitlines()[0]
     (row,) = lab.rows()
     bring_back = f"git restore -s {row['commit']} train.py"
     assert outcome.next == f"git restore -SW train.py && {{ uv run train.py baseline; {bring_back}; }}"

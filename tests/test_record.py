@@ -271,6 +271,17 @@ def test_a_truncated_object_hides_one_record(begun, monkeypatch, length, which):
     assert complaints == [f"{mine[which].ref} cannot be read, or is not the record of a run; it is left out"]
 
 
+def test_a_git_that_does_not_start_is_no_damaged_record(monkeypatch):
+    """As when there is no memory for a process: otherwise all runs would be forgotten in one verdict."""
+
+    def no_more_processes(*_, **__):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(prepare.subprocess, "run", no_more_processes)
+    with pytest.raises(BlockingIOError):
+        prepare.read_objects(["1234567", "89abcde"])
+
+
 def test_a_run_goes_on_beside_a_truncated_object(begun):
     lab = begun
     hidden = lab.record()[1]

@@ -72,9 +72,11 @@ def test_the_report_of_a_real_night(begun):
     mean = (float(rows[0]["val_bpb"]) + float(rows[1]["val_bpb"])) / 2
     outcome = lab.report()
     assert f"\n{rows[0]['commit']}  {mean:.6f}          -  baseline\n" in outcome.output, "over both seeds"
+    assert f"\npending: {rows[2]['commit']}  {rows[2]['val_bpb']}  maybe: rate 0.054\n" in outcome.output
     lab.edit(SLIGHT)
     lab.sh(lab.run("rate 0.054").next)
     outcome = lab.report()
+    assert "pending" not in outcome.output
     assert "2 kept, 2 dropped or repeated, 0 without a score" in outcome.output
     values = [float(row["val_bpb"]) for row in lab.rows()]
     hours = max(sum(float(row["seconds"]) for row in lab.rows()) / 3600, 1e-3)
@@ -224,6 +226,17 @@ def test_a_branch_gains_only_where_scores_compare(tmp_path, cache):
     outcome = lab.report()
     assert branch_lines(outcome) == ["branch main: 3 runs, 3 kept, 0.1000 bpb an hour"]
     assert "1.200000 -> 1.100000" in outcome.output
+
+
+@pytest.mark.slow
+def test_what_another_branch_kept_is_not_pending(tmp_path, cache):
+    lab = Lab.create(tmp_path / "night")
+    first = keep(1, 1.2, "main")
+    write_records(lab, [first], merged=True)
+    more = [keep(2, 1.1, "theirs"), keep(3, 1.15, "main"), record(4, status="maybe", branch="theirs")]
+    write_records(lab, [first, *more])
+    pending = [line for line in lab.report().output.splitlines() if line.startswith("pending")]
+    assert [line.split(maxsplit=3)[3] for line in pending] == ["keep: idea 3"]
 
 
 @pytest.mark.slow
