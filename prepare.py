@@ -121,7 +121,7 @@ except RuntimeError:
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.tsv"
 REFS = "refs/autoresearch/"  # one for each experiment
-# version and scale of a prepared folder; before version 4 texts of one's own were not shuffled on a GPU
+# version and scale of a prepared folder; before version 4 no documents were shuffled at the larger scales
 LAYOUT = [4, SCALE, MAX_SEQ_LEN, VOCAB_SIZE, EVAL_TOKENS, TRAIN_TOKENS]
 DOWNLOADS = "downloads"  # folder of shards as they were published
 SHARDS = f"shards-{'-'.join(map(str, LAYOUT))}"  # folder of shards that are built here
@@ -446,7 +446,7 @@ class Prepared:
 # `folder` with a column `text`. To add one, write such a function, name it in CORPORA and commit: an
 # experiment refuses a prepare.py that is not committed. Scores from before do not compare with later ones. If
 # you change such a function later, delete the corpus's folder in the cache. Shards below DOWNLOADS are as
-# they were published, those below SHARDS are built here; see tokenize_shards for the difference.
+# they were published, those below SHARDS are built here, see tokenize_shards; a split has shards of one kind.
 
 Shards = dict[str, list[Path]]
 
@@ -889,12 +889,14 @@ class Tokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """The rank of each token, from lines `base64(token) rank`, up to one that is not like that."""
+    """The rank of each token, from lines `base64(token) rank`; empty if the file is not like that."""
     ranks = {}
-    with contextlib.suppress(OSError, ValueError):
+    try:
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (OSError, ValueError):
+        return {}
     return ranks
 
 
@@ -960,22 +962,25 @@ def documents(paths: list[Path], bos: int, epochs: Iterable[int]) -> Iterator[tu
                 yield tokens[start:end], epoch
 
 
-def shuffle(paths: list[Path], bos: int, folder: Path) -> list[Path]:
-    """As many token files as `paths`, with their documents in a random order, the same each time.
+def shuffle(paths: list[Path], targets: list[Path], bos: int) -> None:
+    """Write the documents of token files to as many other ones, in a random order that is always the same.
 
     A folder is read in the order of its names, and a long text becomes many documents in a row. Unshuffled,
     a batch would be of one subject, and a run of less than an epoch would not see what comes last.
     """
-    made_from = short_hash([path.name for path in paths])
-    targets = [folder / f"train_{number:05d}-{made_from}.bin" for number in range(len(paths))]
-    if not all(target.exists() for target in targets):
-        whole = [tokens for tokens, _ in documents(paths, bos, epochs=[1])]
-        order = np.random.default_rng(0).permutation(len(whole))
-        for target, numbers in zip(targets, np.array_split(order, len(targets)), strict=True):
+    shards = [np.asarray(np.memmap(path, "<u2", "r")) for path in paths if path.stat().st_size]
+    spans = [np.empty((0, 3), int)]  # (documents, 3) for each shard: its number, start and end
+    for number, tokens in enumerate(shards):
+        starts = np.flatnonzero(tokens == bos)
+        ends = np.append(starts[1:], len(tokens))
+        spans.append(np.stack([np.full(len(starts), number), starts, ends], axis=1))
+    shuffled = np.random.default_rng(0).permutation(np.concatenate(spans))
+    with progress_bar(total=len(shuffled), desc="shuffle", unit=" documents") as progress:
+        for target, part in zip(targets, np.array_split(shuffled, len(targets)), strict=True):
             with published(target) as file:
-                for number in progress_bar(numbers, desc="shuffle", unit=" documents"):
-                    file.write(whole[number])
-    return targets
+                for number, start, end in part:
+                    file.write(shards[number][start:end])
+                    progress.update()
 
 
 def packed(documents: Iterator[tuple[np.ndarray, int]], capacity: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -1088,6 +1093,7 @@ def is_current(folder: Path, request: list) -> bool:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = [manifest["layout"], manifest["request"]]
         sizes = {folder / name: size for name, (size, _) in manifest["files"].items()}
+        needed = {manifest["tokenizer"], manifest["validation"]}.union(manifest["train"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
     damaged = [path for path, size in sizes.items() if not path.exists() or path.stat().st_size != size]
@@ -1096,7 +1102,7 @@ def is_current(folder: Path, request: list) -> bool:
             shutil.rmtree(path.parent, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return not damaged and found == [LAYOUT, request]
+    return not damaged and found == [LAYOUT, request] and needed <= manifest["files"].keys()
 
 
 def derive(folder: Path, request: list, shards: Shards) -> None:
@@ -1162,24 +1168,32 @@ def tokenize_shards(
         """Whether documents stay whole and in their order, as in the published results of these scales."""
         return SCALE != "small" and shard.parent.name == DOWNLOADS
 
-    def tokenize_group(group: tuple[Path, ...]) -> Path:
-        longest = sys.maxsize if is_published(group[0]) else MAX_SEQ_LEN
+    def token_path(group: tuple[Path, ...]) -> Path:
         sources = [hashes[path] for path in group]
-        made_from = short_hash(tokenizer_hash, LAYOUT, longest, val_hashes, sources)
-        target = tokens / f"{group[0].stem}-{made_from}.bin"
-        if not target.exists():
-            skip = set() if group == val_group else validation
-            tokenize(group, target, tokenizer, progress, longest, skip)
-        return target
+        made_from = short_hash(tokenizer_hash, LAYOUT, is_published(group[0]), val_hashes, sources)
+        return tokens / f"{group[0].stem}-{made_from}.bin"
 
-    with progress_bar(desc="tokens", unit=" documents") as progress:
-        paths = in_threads(tokenize_group, [val_group] + train_groups)
-    train_paths = [paths[group] for group in train_groups]
+    def tokenize_group(group: tuple[Path, ...]) -> None:
+        longest = sys.maxsize if is_published(group[0]) else MAX_SEQ_LEN
+        skip = set() if group == val_group else validation
+        if not token_path(group).exists():
+            tokenize(group, token_path(group), tokenizer, progress, longest, skip)
+
+    in_order = [token_path(group) for group in train_groups]
+    train_paths = in_order
     if not TRAIN_TOKENS and not is_published(shards["train"][0]):
-        train_paths = shuffle(train_paths, tokenizer.get_bos_token_id(), tokens)
+        made_from = short_hash([path.name for path in in_order])
+        train_paths = [tokens / f"shuffled_{number:05d}-{made_from}.bin" for number in range(len(in_order))]
+    groups = [val_group]
+    if not all(path.exists() for path in train_paths):
+        groups += train_groups
+    with progress_bar(desc="tokens", unit=" documents") as progress:
+        in_threads(tokenize_group, groups)
+    if not all(path.exists() for path in train_paths):
+        shuffle(in_order, train_paths, tokenizer.get_bos_token_id())
     if not any(path.stat().st_size for path in train_paths):
         raise AutoresearchError("every training document is a validation document, too; bring more text")
-    return paths[val_group], train_paths
+    return token_path(val_group), train_paths
 
 
 # ############################################################################################################
@@ -1470,7 +1484,7 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
 
 
 def probe_cuts(rng: np.random.Generator) -> np.ndarray:
-    """PROBES cuts, spread over 1 .. T-1 as a leak may begin anywhere, and the last ten: few fall there."""
+    """PROBES cuts, spread over 1 .. T-1 as a leak may begin anywhere, and the last ten on top."""
     T = MAX_SEQ_LEN
     spread = 1 + ((np.arange(PROBES) + rng.random(PROBES)) * (T - 1) / PROBES).astype(int)
     return rng.permutation(np.concatenate([spread, np.arange(T - 10, T)]))
@@ -1613,7 +1627,7 @@ def from_here(command: str) -> str:
 
 
 def read_runs(is_again: bool = False) -> list[Run]:
-    """All runs of the repository in the order of their starts; a note names each ref that is no record."""
+    """All runs of the repository in the order of their starts; the first time, notes on refs without one."""
     runs = []
     refs = git("for-each-ref", "--format=%(objectname) %(objectname:short) %(refname)", REFS).splitlines()
     objects = read_objects([line.split()[0] for line in refs])
@@ -2195,8 +2209,8 @@ def report() -> None:
     if not runs:
         raise AutoresearchError(f"{HERE}: no experiments yet; run: uv run train.py baseline")
     write_results(runs)
-    on_branch = [run for run in runs if run.branch == branch] or runs
-    fingerprint = on_branch[-1].fingerprint
+    on_branch = [run for run in runs if run.branch == branch]
+    fingerprint = (on_branch or runs)[-1].fingerprint
     alike = [run for run in runs if run.fingerprint == fingerprint]
     groups = comparable(runs, fingerprint)
     kept = []  # for each code in HEAD's history its run with status keep, otherwise its first
@@ -2206,7 +2220,7 @@ def report() -> None:
     kept.sort(key=lambda run: run.ref)
     levels = [fmean(scores(groups[run.code])) for run in kept]
     print_night(runs, alike, kept, levels)
-    print_pending(on_branch, kept)
+    print_pending([run for run in on_branch if run.status != "keep" or run.code not in codes], kept)
     print_branches(runs)
     try:
         draw(alike, kept, levels)
@@ -2226,7 +2240,7 @@ def print_night(runs: list[Run], alike: list[Run], kept: list[Run], levels: list
     if len(alike) < len(runs):
         why = "another corpus, budget, version or device"
         print(f"{len(runs) - len(alike)} of them do not compare with this branch's last one: {why}")
-    if levels:
+    if levels and levels[0]:
         first = levels[0]
         best = min(levels)
         print(f"val_bpb {first:.6f} -> {best:.6f} ({best - first:+.6f}, {100 * (best / first - 1):+.2f} %)\n")
@@ -2240,12 +2254,12 @@ def print_night(runs: list[Run], alike: list[Run], kept: list[Run], levels: list
     print("\n".join(lines[-20:]))
 
 
-def print_pending(on_branch: list[Run], kept: list[Run]) -> None:
-    """Runs after the last kept one that were kept but not merged; the newest may also be undecided."""
+def print_pending(unmerged: list[Run], kept: list[Run]) -> None:
+    """Runs of this branch after the last kept one that wait: kept but not merged, or undecided and newest."""
     last_kept = max((run.ref for run in kept), default="")
     pending = []
-    for run in on_branch:
-        is_undecided = run is on_branch[-1] and run.status in ("maybe", "stopped", "unfinished")
+    for run in unmerged:
+        is_undecided = run is unmerged[-1] and run.status in ("maybe", "stopped", "unfinished")
         if run.ref > last_kept and (run.status == "keep" or is_undecided):
             pending.append(run)
     for run in pending[-3:]:

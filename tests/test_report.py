@@ -228,6 +228,11 @@ def test_a_branch_gains_only_where_scores_compare(tmp_path, cache):
     assert "1.200000 -> 1.100000" in outcome.output
 
 
+def pending(lab: Lab) -> list[str]:
+    lines = [line for line in lab.report().output.splitlines() if line.startswith("pending")]
+    return [line.split(maxsplit=3)[3] for line in lines]
+
+
 @pytest.mark.slow
 def test_what_another_branch_kept_is_not_pending(tmp_path, cache):
     lab = Lab.create(tmp_path / "night")
@@ -235,8 +240,20 @@ def test_what_another_branch_kept_is_not_pending(tmp_path, cache):
     write_records(lab, [first], merged=True)
     more = [keep(2, 1.1, "theirs"), keep(3, 1.15, "main"), record(4, status="maybe", branch="theirs")]
     write_records(lab, [first, *more])
-    pending = [line for line in lab.report().output.splitlines() if line.startswith("pending")]
-    assert [line.split(maxsplit=3)[3] for line in pending] == ["keep: idea 3"]
+    assert pending(lab) == ["keep: idea 3"]
+    lab.git("switch", "-c", "without-runs")
+    assert pending(lab) == []
+
+
+@pytest.mark.slow
+def test_what_is_merged_is_not_pending(tmp_path, cache):
+    """Two work trees measured one baseline with one seed: the second does not count and is merged."""
+    lab = Lab.create(tmp_path / "night")
+    first = keep(1, 1.2, "theirs")
+    second = keep(2, 1.2, "main", train=first["train"])
+    write_records(lab, [first], merged=True)
+    write_records(lab, [first, second, record(3, status="maybe", branch="main")])
+    assert pending(lab) == ["maybe: idea 3"]
 
 
 @pytest.mark.slow

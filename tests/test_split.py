@@ -321,9 +321,25 @@ def test_a_folder_is_shuffled_where_it_is_read_as_a_whole(cache, tmp_path, scale
     else:
         first_third = Counter(text[0] for text in found[:100])
         assert min(first_third.values()) > 20 and found[:100] != sorted(found[:100])
-        (lost,) = (tmp_path / folder / "tokens").glob("train_00001-*.bin")
+        tokens = tmp_path / folder / "tokens"
+        (lost,) = tokens.glob("shuffled_00001-*.bin")
         lost.unlink()
         assert tokenized(shards, tmp_path / folder, scale, tokenizer) == documents
+        for path in tokens.glob("[abc]-*.bin"):
+            path.unlink()
+        assert tokenized(shards, tmp_path / folder, scale, tokenizer) == documents
+        assert not list(tokens.glob("[abc]-*.bin")), "they were not needed"
+
+
+@pytest.mark.parametrize("scale", ["small", "desktop"])
+@pytest.mark.parametrize("folder", [prepare.DOWNLOADS, prepare.SHARDS])
+def test_a_corpus_without_anything_to_train_on_is_refused(cache, tmp_path, scale, folder):
+    """Each time."""
+    tokenizer = prepare.Tokenizer.from_directory(active(cache).folder)
+    for _ in range(2):
+        with pytest.raises(Exception, match="every training document is a validation document") as error:
+            tokenized({"a.parquet": ["to be scored"]}, tmp_path / folder, scale, tokenizer)
+        assert error.type.__name__ == "AutoresearchError"
 
 
 @pytest.mark.slow
