@@ -3,8 +3,8 @@
     uv run prepare.py [--data climbmix|tinystories|python|DIR]     prepare a corpus, once
     uv run prepare.py --report                                     how a night of experiments went
 
-No experiment edits this file. Part I runs once and turns a corpus into the files that train.py reads. Part II
-runs in every experiment: it serves the training data, keeps the time, scores the model and writes the record.
+No experiment edits this file. Part I turns a corpus into the files that train.py reads. Part II is what an
+experiment needs: it serves the training data, keeps the time, scores the model, and writes the record.
 
 Shapes: B rows of a batch, T tokens of a row, V tokens of the vocabulary, N heads of width H.
 """
@@ -133,7 +133,7 @@ TINYSTORIES = "datasets/karpathy/tinystories-gpt4-clean/resolve/main"
 DOWNLOAD_ATTEMPTS = 5
 DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 SHARD_DOCUMENTS = 2**14  # documents of a shard that is built here, at most
-SHARD_BYTES = 64_000_000  # of the texts of such a shard, about
+SHARD_BYTES = 64_000_000  # of the texts of such a shard, about: characters are counted
 VALIDATION_FRACTION = 0.05  # of the sources of a corpus that comes without a split
 VALIDATION_BYTES = max(8 * EVAL_TOKENS, 64_000_000)  # of validation documents, at most
 LONG_FILE = 64_000  # characters, or bytes of a .txt or .md; a longer file is divided into blocks
@@ -156,7 +156,7 @@ MIN_VALIDATION_ROWS = 64
 
 LOGITS_BYTES = 2**31  # of float32 logits that the metric asks for at once
 PROBES = 256  # (row, cut) pairs that are asked again, at least
-TOLERANCE = 0.005  # nats that the future may move a loss by
+TOLERANCE = 0.005  # nats that the future may move a loss by; more where the model itself is noisy
 NOISE_LIMIT = 0.02  # nats that two identical calls may differ by
 
 SIGMA = {"full": 0.0007, "desktop": 0.002, "small": 0.0045}[SCALE]  # of val_bpb between seeds, a first guess
@@ -438,7 +438,7 @@ class Prepared:
 
 
 # ############################################################################################################
-# PART I, which runs once: a corpus becomes a prepared folder
+# PART I: a corpus becomes a prepared folder
 # ############################################################################################################
 
 # == Corpora =================================================================================================
@@ -446,7 +446,7 @@ class Prepared:
 # `folder` with a column `text`. To add one, write such a function, name it in CORPORA and commit: an
 # experiment refuses a prepare.py that is not committed. Scores from before do not compare with later ones. If
 # you change such a function later, delete the corpus's folder in the cache. Shards below DOWNLOADS are as
-# they were published, those below SHARDS are built here, see tokenize_shards; a split has shards of one kind.
+# they were published, all others are built here, see tokenize_shards; a split has shards of one kind.
 
 Shards = dict[str, list[Path]]
 
@@ -1165,7 +1165,7 @@ def tokenize_shards(
     val_hashes = [hashes[path] for path in val_group]
 
     def is_published(shard: Path) -> bool:
-        """Whether documents stay whole and in their order, as in the published results of these scales."""
+        """Whether documents are neither cut into rows nor shuffled, as in results that others published."""
         return SCALE != "small" and shard.parent.name == DOWNLOADS
 
     def token_path(group: tuple[Path, ...]) -> Path:
@@ -1197,7 +1197,7 @@ def tokenize_shards(
 
 
 # ############################################################################################################
-# PART II, which runs in every experiment
+# PART II: experiments
 # ############################################################################################################
 
 # == Clock ===================================================================================================
@@ -1627,7 +1627,7 @@ def from_here(command: str) -> str:
 
 
 def read_runs(is_again: bool = False) -> list[Run]:
-    """All runs of the repository in the order of their starts; the first time, notes on refs without one."""
+    """All runs of the repository in the order of their starts. Refs that hold none are printed, but once."""
     runs = []
     refs = git("for-each-ref", "--format=%(objectname) %(objectname:short) %(refname)", REFS).splitlines()
     objects = read_objects([line.split()[0] for line in refs])
@@ -1841,7 +1841,7 @@ class Notebook:
             reason = f"this is HEAD's train.py, mean {fmean(scores(mine)):.6f} of {len(mine)} run(s)"
             return "keep" if len(mine) == 1 else "baseline", shown, reason
         if self.incumbent not in groups:
-            return "keep", f"{shown} (first score)", "HEAD's train.py never had a score"
+            return "keep", f"{shown} (first score)", "HEAD's train.py failed, so any score is a beginning"
         theirs = groups[self.incumbent]
         sigma = pooled_sigma([scores(group) for group in groups.values()], SIGMA)
         status, gain, _ = judge(scores(mine), scores(theirs), sigma)
@@ -1859,10 +1859,10 @@ class Notebook:
     def remedy(self, runs: list[Run], commit: str) -> str:
         """The command that brings a score to judge this run by; "" if it can be judged.
 
-        As a rule HEAD's train.py must have a score with this fingerprint. If it has none with any, but a
-        commit before it has one with this, HEAD was committed by hand, and that commit is to be compared
-        with. If there is nothing to compare with, any score is a beginning where this run is HEAD's train.py,
-        or where that was tried and failed. `commit` holds the train.py of this run.
+        A run is compared with HEAD's train.py, which must have a score with this fingerprint. If it never had
+        any score, but a commit before HEAD has one that compares, HEAD was committed by hand, and the run is
+        to be compared with that commit. Otherwise any score is a beginning if this run is HEAD's train.py
+        itself, or if that has failed. `commit` holds the train.py of this run.
         """
         measured = comparable(runs, self.run.fingerprint)
         if self.incumbent in measured:
@@ -2233,13 +2233,13 @@ def print_night(runs: list[Run], alike: list[Run], kept: list[Run], levels: list
     """Counts of all runs, then the kept ones with their scores (`levels`); `alike` runs can be compared."""
     hours = sum(run.seconds for run in runs) / 3600
     failed = sum(not run.has_score for run in runs)
-    dropped = len(runs) - failed - len(kept)
+    others = len(runs) - failed - len(kept)
     pace = f"{hours:.1f} hours of running, {len(runs) / max(hours, 1e-3):.1f} per hour"
     print(f"{len(runs)} experiments in {pace}")
-    print(f"{len(kept)} kept, {dropped} dropped or repeated, {failed} without a score")
+    print(f"{len(kept)} kept in this branch, {others} others, {failed} without a score")
     if len(alike) < len(runs):
         why = "another corpus, budget, version or device"
-        print(f"{len(runs) - len(alike)} of them do not compare with this branch's last one: {why}")
+        print(f"{len(runs) - len(alike)} of them do not compare with the last one here: {why}")
     if levels and levels[0]:
         first = levels[0]
         best = min(levels)
@@ -2267,7 +2267,7 @@ def print_pending(unmerged: list[Run], kept: list[Run]) -> None:
 
 
 def print_branches(runs: list[Run]) -> None:
-    """A line for each branch, up to eight, so that two program.md can be compared."""
+    """A line for each branch, up to eight, so that agents with other instructions compare."""
     branches: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         branches[run.branch].append(run)

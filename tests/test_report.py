@@ -43,7 +43,7 @@ def test_the_report_counts_compares_and_draws(tmp_path, count, only_crashes):
     hours = count * 380 / 3600
     assert first == f"{count} experiments in {hours:.1f} hours of running, {count / hours:.1f} per hour"
     dropped = count - failed - len(kept)
-    assert second == f"{len(kept)} kept, {dropped} dropped or repeated, {failed} without a score"
+    assert second == f"{len(kept)} kept in this branch, {dropped} others, {failed} without a score"
     assert rest[-1] == f"chart: {lab.folder / 'progress.png'}"
     assert len(outcome.output.splitlines()) <= 40
     if only_crashes:
@@ -77,7 +77,7 @@ def test_the_report_of_a_real_night(begun):
     lab.sh(lab.run("rate 0.054").next)
     outcome = lab.report()
     assert "pending" not in outcome.output
-    assert "2 kept, 2 dropped or repeated, 0 without a score" in outcome.output
+    assert "2 kept in this branch, 2 others, 0 without a score" in outcome.output
     values = [float(row["val_bpb"]) for row in lab.rows()]
     hours = max(sum(float(row["seconds"]) for row in lab.rows()) / 3600, 1e-3)
     pace = (mean - (values[2] + values[3]) / 2) / hours
@@ -183,8 +183,8 @@ def test_the_report_leaves_out_what_does_not_compare(tmp_path, cache):
     others = [record(number, fingerprint="another", status="keep") for number in range(3)]
     write_records(lab, [*others, record(3, status="keep"), record(4)], merged=True)
     output = lab.report().output
-    assert "3 of them do not compare with this branch's last one" in output
-    assert "1 kept, 4 dropped or repeated, 0 without a score" in output
+    assert "3 of them do not compare with the last one here" in output
+    assert "1 kept in this branch, 4 others, 0 without a score" in output
 
 
 def keep(number: int, val_bpb: float, branch: str, **more: str) -> dict[str, str]:
