@@ -1059,8 +1059,9 @@ def prepare(options: argparse.Namespace) -> None:
         was_current = is_current(folder, request)
         if not was_current:
             derive(folder, request, corpus(folder, options))
-        with published(CACHE / f"active-{SCALE}") as file:
+        with published(folder / "active") as file:  # here, where the lock protects what a kill leaves behind
             file.write(folder.name.encode())
+        os.replace(folder / "active", CACHE / f"active-{SCALE}")
         tokenizer = Tokenizer.from_directory(folder)
     data = tokenizer.data
     scored = tokenizer.token_bytes[data.rows[:, 1:]].sum()
@@ -1078,7 +1079,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.num_shards is None:
         options.num_shards = 10
     elif options.data != "climbmix":
-        remedy = "leave it out, or add --data climbmix"
+        remedy = "leave it out, or use --data climbmix"
         raise AutoresearchError(f"--num-shards is for climbmix, not for {options.data}; {remedy}")
     for option, most in (("num_shards", CLIMBMIX_SHARDS), ("download_workers", 100)):
         value = getattr(options, option)
@@ -1798,7 +1799,8 @@ class Notebook:
         notebook = cls(run, head, incumbent, tree, unfinished, seed is not None, lock)
         remedy = notebook.remedy(runs, commit)
         if remedy and seed is None:
-            print(f"note: HEAD's train.py has no score, so this run cannot be judged; {from_here(remedy)}")
+            found = f"HEAD's train.py has no score with fingerprint {fingerprint}"
+            print(f"note: {found}, so this run cannot be judged; {from_here(remedy)}")
         return notebook
 
     @property
@@ -2236,7 +2238,7 @@ def print_night(runs: list[Run], alike: list[Run], kept: list[Run], levels: list
     others = len(runs) - failed - len(kept)
     pace = f"{hours:.1f} hours of running, {len(runs) / max(hours, 1e-3):.1f} per hour"
     print(f"{len(runs)} experiments in {pace}")
-    print(f"{len(kept)} kept in this branch, {others} others, {failed} without a score")
+    print(f"{len(kept)} kept on the last corpus and budget, {others} others, {failed} without a score")
     if len(alike) < len(runs):
         why = "another corpus, budget, version or device"
         print(f"{len(runs) - len(alike)} of them do not compare with the last one here: {why}")

@@ -190,7 +190,7 @@ def test_a_night_as_program_md_says(cache: Path, tmp_path: Path):
             assert "\ndiff --git a/train.py b/train.py\n" in shown
             assert lab.saved(row["commit"]) == failed.get(row["description"], lab.train.read_text())
     report = agent.do(in_a_sentence("uv run prepare.py --report"))
-    assert "5 kept in this branch, 4 others, 5 without a score" in report
+    assert "5 kept on the last corpus and budget, 4 others, 5 without a score" in report
     assert "\nbranch autoresearch/night: 14 runs, 5 kept, " in report
 
 

@@ -783,13 +783,13 @@ def test_a_night_survives_its_work_tree(begun):
     branches = ["branch main: 3 runs, 1 kept", "branch gpu-2: 1 runs, 1 kept"]
     for line in branches:
         assert f"\n{line}, 0.0000 bpb an hour\n" in there
-    assert "2 kept in this branch, 2 others" in there, "along its own history"
+    assert "2 kept on the last corpus and budget, 2 others" in there, "along its own history"
     one.git("worktree", "remove", str(two.folder))
     assert not two.folder.exists()
     here = one.report().output
     for line in branches:
         assert f"\n{line}, 0.0000 bpb an hour\n" in here
-    assert "1 kept in this branch, 3 others" in here
+    assert "1 kept on the last corpus and budget, 3 others" in here
     assert [row["branch"] for row in one.rows()] == ["main", "main", "main", "gpu-2"]
     assert one.saved(one.rows()[-1]["commit"]) == TRAIN.replace(*BETTER)
 

@@ -61,7 +61,7 @@ def hook(event, arguments):  # a rename is announced, then carried out
 sys.addaudithook(hook)
 """
 OF_A_NEW_FILE = "not os.path.exists(arguments[1])"
-OF_THE_MARKER = "'active' in str(arguments[1])"
+OF_THE_MARKER = "'active-' in str(arguments[1])"
 DISK_FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
 # root may write everywhere, except without its capabilities
 NOT_ROOT = """
@@ -835,6 +835,18 @@ def test_the_active_corpus_switches_at_once_or_not(own, small, few, forks, tmp_p
         assert result.returncode == -signal.SIGKILL
         seen.append(active(own).folder)
     assert seen == [ours, theirs]
+
+
+def test_killed_before_the_marker_nothing_stays_behind(own, corpus, forks, tmp_path):
+    """Its temporary file is removed by the next prepare.py of that corpus."""
+    other = Path(shutil.copytree(corpus, tmp_path / "theirs"))
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    which = "str(arguments[1]).endswith('active')"
+    first = AT_RENAME.format(which=which, after=False, action=kill)
+    result = forks.run("--data", other, env={"AUTORESEARCH_CACHE": own}, first=first)
+    assert result.returncode == -signal.SIGKILL and temporaries(own)
+    ready(main("--data", other, AUTORESEARCH_CACHE=own))
+    assert not temporaries(own) and not list(active(own).folder.glob("active*"))
 
 
 # == Interruption, a full disk, others =======================================================================

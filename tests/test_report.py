@@ -42,8 +42,9 @@ def test_the_report_counts_compares_and_draws(tmp_path, count, only_crashes):
     first, second, *rest = outcome.output.splitlines()
     hours = count * 380 / 3600
     assert first == f"{count} experiments in {hours:.1f} hours of running, {count / hours:.1f} per hour"
-    dropped = count - failed - len(kept)
-    assert second == f"{len(kept)} kept in this branch, {dropped} others, {failed} without a score"
+    others = count - failed - len(kept)
+    kept_here = f"{len(kept)} kept on the last corpus and budget"
+    assert second == f"{kept_here}, {others} others, {failed} without a score"
     assert rest[-1] == f"chart: {lab.folder / 'progress.png'}"
     assert len(outcome.output.splitlines()) <= 40
     if only_crashes:
@@ -77,7 +78,7 @@ def test_the_report_of_a_real_night(begun):
     lab.sh(lab.run("rate 0.054").next)
     outcome = lab.report()
     assert "pending" not in outcome.output
-    assert "2 kept in this branch, 2 others, 0 without a score" in outcome.output
+    assert "2 kept on the last corpus and budget, 2 others, 0 without a score" in outcome.output
     values = [float(row["val_bpb"]) for row in lab.rows()]
     hours = max(sum(float(row["seconds"]) for row in lab.rows()) / 3600, 1e-3)
     pace = (mean - (values[2] + values[3]) / 2) / hours
@@ -184,7 +185,7 @@ def test_the_report_leaves_out_what_does_not_compare(tmp_path, cache):
     write_records(lab, [*others, record(3, status="keep"), record(4)], merged=True)
     output = lab.report().output
     assert "3 of them do not compare with the last one here" in output
-    assert "1 kept in this branch, 4 others, 0 without a score" in output
+    assert "1 kept on the last corpus and budget, 4 others, 0 without a score" in output
 
 
 def keep(number: int, val_bpb: float, branch: str, **more: str) -> dict[str, str]:
