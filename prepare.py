@@ -1455,8 +1455,7 @@ def probe(model: Callable, rows: torch.Tensor, losses: torch.Tensor, batch: int,
     worth = np.bincount(tokens.ravel(), minlength=VOCAB_SIZE).astype(float)
 
     def choose_row(place: int, cut: int) -> int:
-        """One of the rows that were scored at this place of a batch: the one with the commonest token before
-        the cut that was not probed yet.
+        """Of the rows scored at this place of a batch one with the commonest unprobed token before the cut.
 
         A leak may open after one particular token only. After a common one it would move the score most, so
         common ones come first; PROBES is large enough to reach rare ones, too.
@@ -2269,7 +2268,7 @@ def print_pending(unmerged: list[Run], kept: list[Run]) -> None:
 
 
 def print_branches(runs: list[Run]) -> None:
-    """A line for each branch, up to eight, so that agents with other instructions compare."""
+    """A line for each branch, up to eight, so that agents with different instructions can be compared."""
     branches: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         branches[run.branch].append(run)
